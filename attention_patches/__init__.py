@@ -1,0 +1,1 @@
+"""Methods that steer attention: one controller per file, and `host.py`, which installs them on a MODEL."""

@@ -1,0 +1,230 @@
+"""Measures the demo model and the edits on held-out scenes. Run through ``python3 dev.py score``.
+
+    dev.py score                   everything, and writes demo/weights/quality.json
+    dev.py score checker           the checker on true renders
+    dev.py score generation        what pictures of held-out captions really show, at guidance 7.5 and 3
+    dev.py score attention         nouns' cross-attention against the true masks
+    dev.py score inversion         reconstruction from inverted noise beside the autoencoder's
+    dev.py score edits             colour swaps with attention control, and without
+
+Every picture is made by the pack's and the host's own nodes. Pictures go to demo/run/.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import comfy_extras.nodes_custom_sampler as custom
+import numpy as np
+import torch
+
+import nodes as stock
+
+from ..attention_patches import host, maps
+from ..inversion import host as runs
+from ..nodes import demo, edit, invert, sheet
+from . import checker, scenes
+
+HERE = Path(__file__).parent
+RUN = HERE / "run"
+log = logging.getLogger("attune.score")
+
+
+def call(node, *args, **kwargs):
+    """A node's outputs, whether it is written in the host's older or newer style."""
+    if hasattr(node, "execute"):
+        return node.execute(*args, **kwargs).result
+    return getattr(node(), node.FUNCTION)(*args, **kwargs)
+
+
+def psnr(error):
+    """Mean dB over pictures of (B, ...) squared errors in 0..1 units."""
+    return float((-10 * torch.log10(error.flatten(1).mean(1).clamp(min=1e-10))).mean())
+
+
+class Bench:
+    """The demo model and held-out scenes, the same ones for every seed."""
+
+    def __init__(self, count, seed, steps):
+        self.model, self.clip, self.vae = call(demo.AttuneDemoCheckpoint)
+        self.count, self.seed, self.steps = count, seed, steps
+
+    def scenes(self, objects=None):
+        rng = np.random.default_rng([self.seed, 7])
+        drawn = [scenes.draw_scene(rng, held_out=True, objects=objects) for _ in range(self.count)]
+        rendered = [scenes.render(s) for s in drawn]
+        return drawn, torch.from_numpy(np.stack([p for p, _ in rendered])), [torch.from_numpy(m) for _, m in rendered]
+
+    def text(self, *prompts):
+        """One CONDITIONING whose rows are the prompts'; the host reads it row by row."""
+        encoded = [call(stock.CLIPTextEncode, self.clip, p)[0][0] for p in prompts]
+        pooled = torch.cat([e[1]["pooled_output"] for e in encoded])
+        return [[torch.cat([e[0] for e in encoded]), {"pooled_output": pooled}]]
+
+    def encode(self, pictures):
+        return call(stock.VAEEncode, self.vae, pictures)[0]
+
+    def decode(self, latent):
+        return call(stock.VAEDecode, self.vae, latent)[0]
+
+    def invert(self, latent, conditioning):
+        return call(
+            invert.AttuneDDIMInversion, self.model, latent, conditioning, self.steps, invert.GRIDS[0], invert.LEVELS[0]
+        )
+
+    def sample(self, model, positive, guidance, sigmas, noise):
+        euler = call(custom.KSamplerSelect, "euler")[0]
+        negative = self.text("")
+        return self.decode(
+            call(custom.SamplerCustom, model, False, 0, guidance, positive, negative, euler, sigmas, noise)[0]
+        )
+
+
+def save(name, pictures, columns=8):
+    """Pictures (B, H, W, 3) as one sheet."""
+    tiles = [sheet.to_pil(p) for p in pictures]
+    sheet._rows(tiles, columns).save(RUN / name)
+
+
+def measure_checker(bench):
+    drawn, pictures, _ = bench.scenes()
+    marks = [checker.grade(p.numpy(), s) for p, s in zip(pictures, drawn, strict=True)]
+    return {key: round(float(np.mean([m[key] for m in marks])), 3) for key in marks[0]}
+
+
+def measure_generation(bench):
+    drawn, _, _ = bench.scenes()
+    out = {}
+    for guidance in (7.5, 3.0):
+        pictures = []
+        for first in range(0, len(drawn), 16):
+            prompts = [scenes.caption(s) for s in drawn[first : first + 16]]
+            empty = {"samples": torch.zeros(len(prompts), 4, 16, 16)}
+            latent = call(stock.KSampler, bench.model, bench.seed + first, bench.steps, guidance, "euler", "ddim_uniform",
+                          bench.text(*prompts), bench.text(""), empty)[0]  # fmt: skip
+            pictures.append(bench.decode(latent))
+        pictures = torch.cat(pictures)
+        save(f"generation_{guidance:g}.png", pictures)
+        marks = [checker.grade(p.numpy(), s) for p, s in zip(pictures, drawn, strict=True)]
+        out[f"guidance {guidance:g}"] = {k: round(float(np.mean([m[k] for m in marks])), 3) for k in marks[0]}
+    return out
+
+
+def measure_attention(bench):
+    drawn, pictures, masks = bench.scenes()
+    levels = [float(bench.model.get_model_object("model_sampling").sigmas[t]) for t in (100, 300, 500, 700, 900)]
+    thresholds = np.linspace(0.05, 0.95, 19)
+    scores = {}
+    for i, source in enumerate(drawn):
+        gathered = maps.MapSum()
+
+        def receive(place, own, heads, gathered=gathered):
+            if place.kind == "cross":
+                gathered.add(place, own, heads)
+
+        def body(denoise, latent, report):
+            generator = torch.Generator().manual_seed(bench.seed)
+            for sigma in levels:
+                denoise(latent + sigma * torch.randn(latent.shape, generator=generator).to(latent), sigma)
+
+        caption = scenes.caption(source)
+        latent = bench.encode(pictures[i : i + 1])["samples"]
+        runs.walk(host.recording(bench.model, receive), bench.text(caption), latent, torch.tensor([1.0, 0.0]), body)
+        words = host.read_words(bench.clip, caption).words
+        nouns = [w for w in words if w.text in scenes.SHAPES]
+        for tokens in (256, 64):
+            level = gathered.nearest(tokens)
+            for noun, mask in zip(nouns, masks[i], strict=True):
+                heat = maps.word_map(level, noun.positions)
+                true = torch.nn.functional.adaptive_avg_pool2d(mask[None], heat.shape[1:])[0] > 0.5
+                share = (heat / heat.max())[0]
+                at = [(share > t) for t in thresholds]
+                iou = [float((a & true).sum() / (a | true).sum().clamp(min=1)) for a in at]
+                scores.setdefault(tokens, []).append(iou)
+    out = {}
+    for tokens, rows in scores.items():
+        mean = np.mean(rows, 0)
+        side = int(tokens**0.5)
+        out[f"noun IoU at {side}x{side}"] = round(float(mean.max()), 3)
+        out[f"best threshold at {side}x{side}"] = round(float(thresholds[mean.argmax()]), 2)
+    return out
+
+
+def measure_inversion(bench):
+    drawn, pictures, _ = bench.scenes()
+    captions = bench.text(*(scenes.caption(s) for s in drawn))
+    latent = bench.encode(pictures)
+    _, noise, sigmas = bench.invert(latent, captions)
+    out = {"autoencoder dB": round(psnr((bench.decode(latent) - pictures).square()), 2)}
+    for guidance in (1.0, 3.0, 7.5):
+        back = bench.sample(bench.model, captions, guidance, sigmas, noise)
+        out[f"reconstruction at guidance {guidance:g} dB"] = round(psnr((back - pictures).square()), 2)
+        if guidance == 1:
+            out["the same against the autoencoder's own dB"] = round(psnr((back - bench.decode(latent)).square()), 2)
+    return out
+
+
+def measure_edits(bench, cross=0.8, self_=0.4, guidance=7.5):
+    drawn, pictures, masks = bench.scenes()
+    rng = np.random.default_rng([bench.seed, 9])
+    marks = {"with attention control": [], "without": []}
+    shown = []
+    for i, source in enumerate(drawn):
+        used = {t.color for t in source.things} | {source.background}
+        color = str(rng.choice([c for c in scenes.COLORS if c not in used]))
+        before = scenes.caption(source)
+        after = scenes.caption(scenes.edit_thing(source, 0, color=color))
+        # "a red ..." to "an orange ..." swaps the article too; both are words like any other.
+        trajectory, noise, sigmas = bench.invert(bench.encode(pictures[i : i + 1]), bench.text(before))
+        again = bench.sample(bench.model, bench.text(before), 1.0, sigmas, noise)
+        model, positive = call(edit.AttunePromptSwap, bench.model, bench.clip, trajectory, before, after,
+                               0.0, cross, 0.0, self_, 1024)  # fmt: skip
+        edited = bench.sample(model, positive, guidance, sigmas, noise)
+        plain = bench.sample(bench.model, bench.text(after), guidance, sigmas, noise)
+        inside = masks[i][0] > 0.99
+        for name, picture in (("with attention control", edited), ("without", plain)):
+            kept = (picture - again).square()[0][masks[i][0] == 0]
+            right = checker.color_of(picture[0][inside].numpy()) == color
+            marks[name].append((right, psnr(kept[None])))
+        shown += [pictures[i], again[0], edited[0], plain[0]]
+        log.info("edit %d of %d: %s -> %s, %s", i + 1, len(drawn), before, color, marks["with attention control"][-1])
+    save("edits.png", shown, 8)
+    settings = {"cross": cross, "self": self_, "guidance": guidance}
+    return {
+        name: {"new colour": round(float(np.mean([m[0] for m in rows])), 3),
+               "outside the mask dB": round(float(np.mean([m[1] for m in rows])), 2)}
+        for name, rows in marks.items()
+    } | {"settings": settings}  # fmt: skip
+
+
+PARTS = {
+    "checker": (measure_checker, 500),
+    "generation": (measure_generation, 64),
+    "attention": (measure_attention, 32),
+    "inversion": (measure_inversion, 32),
+    "edits": (measure_edits, 32),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=(*PARTS, "all"), default="all")
+    parser.add_argument("--count", type=int, help="held-out scenes (500 for the checker, 64 pictures, else 32)")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    RUN.mkdir(exist_ok=True)
+    results = {}
+    for name, (measure, count) in PARTS.items():
+        if args.part in (name, "all"):
+            with torch.inference_mode():
+                results[name] = measure(Bench(args.count or count, args.seed, args.steps))
+            log.info("%s: %s", name, json.dumps(results[name], indent=2))
+    if args.part == "all":
+        (HERE / "weights" / "quality.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Builds the demo model out of the host's own classes, and loads its weights into MODEL, CLIP and VAE.
+
+The host recognises checkpoints by SD's real widths, so a small one needs its own loader; it touches no list of the
+host's. Weights are read from one safetensors file beside this one.
+"""
+
+import functools
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.ops
+import comfy.sd
+import comfy.supported_models
+import folder_paths
+import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer
+from comfy.supported_models_base import ClipTarget
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .autoencoder import Autoencoder
+from .text import HEADS, LAYERS, TEXT_WIDTH
+
+WEIGHTS = Path(__file__).parent / "weights" / "attune_demo.safetensors"
+
+# SD1.5's layout (16 transformer blocks, three attention levels and a middle) at a fraction of its width. Heads are 32
+# wide, as many as fit: eight narrow ones would train at two thirds of the speed on a CPU.
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 64,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": (1, 1, 2, 2),
+    "num_heads": -1,
+    "num_head_channels": 32,
+    "use_spatial_transformer": True,
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "context_dim": TEXT_WIDTH,
+    "use_linear_in_transformer": False,
+    "adm_in_channels": None,
+    "use_temporal_attention": False,
+    "legacy": False,
+}
+VOCABULARY = 49408  # of CLIP's tokenizer
+CLIP = {
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 4 * TEXT_WIDTH,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": LAYERS,
+    "projection_dim": TEXT_WIDTH,
+}
+# The smallest of the host's own autoencoders; its network is replaced by ours at once.
+TINY_KL = {
+    "embed_dim": 4,
+    "ddconfig": {
+        "double_z": True, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32,
+        "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
+    },
+}  # fmt: skip
+
+
+# ---- for training ------------------------------------------------------------------------------------------------
+
+
+def _initialise(module):
+    """The host's layers leave their memory as they find it; training needs the usual start."""
+    for kind in (nn.Conv2d, nn.Linear):
+        if isinstance(module, kind):
+            kind.reset_parameters(module)
+    if isinstance(module, nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def build_unet():
+    """The UNet, fp32, freshly initialised; the last layer of every residual branch starts at nothing."""
+    unet = UNetModel(**UNET, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    unet.apply(_initialise)
+    for name, module in unet.named_modules():
+        if name.endswith(("out_layers.3", "proj_out")) or name == "out.2":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return unet
+
+
+@functools.cache
+def token_ids(words):
+    """The CLIP token id of each word, all of which must be single tokens."""
+    tokenizer = SD1Tokenizer()
+    ids = {}
+    for word in words:
+        tokens = [t for t, _ in tokenizer.tokenize_with_weights(word)["l"][0]]
+        if tokens[2] != 49407:
+            raise ValueError(f"{word!r} is more than one CLIP token; the demo world only uses single-token words.")
+        ids[word] = tokens[1]
+    return ids
+
+
+# ---- for use -----------------------------------------------------------------------------------------------------
+
+
+def read_weights(path=WEIGHTS):
+    """The file's tensors in three dictionaries: "unet", "text", "autoencoder", with prefixes taken off.
+
+    Raises ValueError when the file is missing or damaged.
+    """
+    parts = {"unet": {}, "text": {}, "autoencoder": {}}
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - it is no dictionary
+                part, name = key.split(".", 1)
+                parts[part][name] = file.get_tensor(key)
+        parts["text"]["token_ids"], parts["unet"]["out.2.weight"], parts["autoencoder"]["mean"]
+    except (OSError, SafetensorError, KeyError, ValueError) as problem:
+        raise ValueError(
+            f"The demo weights {path.name} cannot be read ({problem}); install the Attune pack again to get the file "
+            "that Attune Demo Checkpoint needs."
+        ) from problem
+    return parts
+
+
+def load_model(weights):
+    """The UNet as a stock MODEL, in the precision that the host chooses for a model of its size."""
+    device, supported = management.get_torch_device(), comfy.supported_models.SD15.supported_inference_dtypes
+    parameters = sum(t.numel() for t in weights.values())
+    dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=torch.float16)
+    config = comfy.supported_models.SD15({})
+    config.unet_config = dict(UNET)
+    config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
+    offload = management.unet_offload_device()
+    model = config.get_model({}, device=offload)
+    model.diffusion_model.load_state_dict(weights)
+    return ModelPatcher(model, load_device=device, offload_device=offload)
+
+
+def load_clip(weights):
+    """The text encoder as a stock CLIP. A word that it never learned reads the row of the unknown word."""
+    weights = dict(weights)
+    known, compact = weights.pop("token_ids"), weights.pop("token_embedding.weight")
+    clip = comfy.sd.CLIP(
+        ClipTarget(SD1Tokenizer, SD1ClipModel),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        model_options={"clip_l_model_config": CLIP},
+    )
+    table = compact[known.tolist().index(-1)].repeat(VOCABULARY, 1)
+    table[known[known >= 0].long()] = compact[known >= 0]
+    state = {"text_model.embeddings.token_embedding.weight": table, "text_projection.weight": torch.eye(TEXT_WIDTH)}
+    for name, tensor in weights.items():
+        where = "embeddings." if name.startswith("position") else "encoder." if name.startswith("layers") else ""
+        state[f"text_model.{where}{name}"] = tensor
+    missing, unexpected = clip.load_sd(state)
+    if missing or unexpected:
+        raise ValueError(
+            f"The demo weights do not fit the text encoder ({missing or unexpected}); install the pack again."
+        )
+    return clip
+
+
+def load_vae(weights):
+    """The autoencoder as a stock VAE."""
+    vae = comfy.sd.VAE(sd=AutoencoderKL(**_copy(TINY_KL)).state_dict(), config={"params": _copy(TINY_KL)})
+    net = Autoencoder().eval()
+    net.load_state_dict(weights)
+    vae.first_stage_model = net.to(vae.vae_dtype)
+    vae.patcher = ModelPatcher(net, load_device=vae.device, offload_device=management.vae_offload_device())
+    vae.size = None
+    vae.model_size()
+    return vae
+
+
+def _copy(params):
+    return {**params, "ddconfig": dict(params["ddconfig"])}
+
+
+def load_demo(path=WEIGHTS):
+    """MODEL, CLIP and VAE of the demo model. Raises ValueError when the file is missing or damaged."""
+    weights = read_weights(path)
+    return load_model(weights["unet"]), load_clip(weights["text"]), load_vae(weights["autoencoder"])

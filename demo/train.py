@@ -1,0 +1,338 @@
+"""Trains the demo model on scenes it draws itself. Run through ``python3 dev.py train``; every stage resumes.
+
+    dev.py train autoencoder --minutes 5     pictures <-> latents
+    dev.py train unet --minutes 90           text encoder and UNet, from where they stand
+    dev.py train decoder --minutes 10        polishes the decoder alone; latents, and so the UNet, stay as they are
+    dev.py train export                      writes demo/weights/attune_demo.safetensors (fp16)
+
+It runs on a GPU where there is one, else on the CPU. Logs, sample sheets and checkpoints go to demo/run/.
+
+The UNet's recipe: epsilon prediction on SD's schedule, min-SNR-5 weights, squared error weighted on the objects,
+offset noise (or the background would be read off the noise), and a small loss that keeps a word's cross-attention
+on its object. The maps are therefore supervised, and the model card says so.
+"""
+
+import argparse
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from . import scenes
+from .autoencoder import LATENT_SCALE, Autoencoder
+from .model import build_unet, token_ids
+from .text import TEXT_WIDTH, TextEncoder
+
+HERE = Path(__file__).parent
+RUN = HERE / "run"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+log = logging.getLogger("attune.train")
+
+SIDE = scenes.SIZE // 8
+CONTEXT = 77
+START, END = 49406, 49407
+
+
+def draw_batch(rng, count):
+    drawn = [scenes.draw_scene(rng, held_out=False) for _ in range(count)]
+    return drawn, [scenes.render(s) for s in drawn]
+
+
+def to_tensor(pictures):
+    """(H, W, 3) pictures in 0..1 to a (B, 3, H, W) tensor in -1..1."""
+    return torch.from_numpy(np.stack(pictures)).movedim(-1, 1).contiguous() * 2 - 1
+
+
+def psnr(error):
+    """dB from a mean squared error in the -1..1 range."""
+    return 10 * math.log10(4 / max(float(error.detach()), 1e-12))
+
+
+def cosine(done, flat=0.35):
+    """Learning rate factor over the share of the run that is done: flat, then a cosine to nothing."""
+    return 1.0 if done < flat else 0.5 + 0.5 * math.cos(math.pi * min(1.0, (done - flat) / (1 - flat)))
+
+
+# ---- autoencoder -------------------------------------------------------------------------------------------------
+
+
+def train_autoencoder(args, decoder_only=False):
+    path = RUN / "autoencoder.pt"
+    rng = np.random.default_rng(args.seed + int(time.time()) * decoder_only)
+    net = Autoencoder().to(DEVICE)
+    if path.exists():
+        net.load_state_dict(torch.load(path))
+    else:
+        net.start_from_patches(to_tensor([p for p, _ in draw_batch(rng, 256)[1]]).to(DEVICE))
+    trained = [p for n, p in net.named_parameters() if not decoder_only or n.startswith(("decoder", "linear_out"))]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr or 2e-3, betas=(0.9, 0.99), weight_decay=1e-3)
+    begin, step = time.time(), 0
+    while (done := (time.time() - begin) / (60 * args.minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = (args.lr or 2e-3) * min(1, (step + 1) / 50) * cosine(done, 0.5)
+        x = to_tensor([p for p, _ in draw_batch(rng, 16)[1]]).to(DEVICE)
+        if decoder_only:
+            with torch.no_grad():
+                z = net.encode(x) * LATENT_SCALE
+            back = net.decode((z + 0.05 * torch.randn_like(z)) / LATENT_SCALE)
+        else:
+            z = net.encode_plain(x)
+            back = net.decode_plain(z + 0.05 * torch.randn_like(z))
+        error = (back - x).square().mean()
+        loss = error * 4 + (back - x).abs().mean() + (0 if decoder_only else 1e-3 * z.square().mean())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            log.info("autoencoder step %d, %d%%: %.2f dB", step, 100 * done, psnr(error))
+        step += 1
+    with torch.no_grad():
+        if not decoder_only:
+            many = [net.encode_plain(to_tensor([p for p, _ in draw_batch(rng, 64)[1]]).to(DEVICE)) for _ in range(8)]
+            net.set_statistics(torch.cat(many))
+        x = to_tensor([p for p, _ in draw_batch(np.random.default_rng(1), 64)[1]]).to(DEVICE)
+        back = net.decode(net.encode(x)).clamp(-1, 1)
+        log.info("autoencoder: %.2f dB on fresh scenes after %d steps", psnr((back - x).square().mean()), step)
+    torch.save(net.state_dict(), path)
+    sheet = torch.cat([x[:8], back[:8]]).movedim(1, -1).cpu().numpy() * 0.5 + 0.5
+    save_sheet(RUN / "autoencoder.png", sheet, 8)
+
+
+def save_sheet(path, pictures, columns):
+    from PIL import Image
+
+    rows = [np.concatenate(pictures[i : i + columns], 1) for i in range(0, len(pictures), columns)]
+    Image.fromarray((np.clip(np.concatenate(rows, 0), 0, 1) * 255).round().astype(np.uint8)).save(path)
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+
+
+class Chapter:
+    """A few thousand scenes with their latents and masks at latent size; captions are drawn anew at each use."""
+
+    def __init__(self, net, rng, count):
+        self.scenes, latents, self.masks = [], [], torch.zeros(count, 2, SIDE, SIDE)
+        for first in range(0, count, 64):
+            drawn, rendered = draw_batch(rng, 64)
+            with torch.no_grad():
+                latents.append(net.encode(to_tensor([p for p, _ in rendered]).to(DEVICE)).cpu() * LATENT_SCALE)
+            for i, (_, masks) in enumerate(rendered):
+                small = F.avg_pool2d(torch.from_numpy(masks)[None], 8)[0]
+                self.masks[first + i, : len(small)] = small
+            self.scenes += drawn
+        self.latents = torch.cat(latents)
+
+    def batch(self, rng, rows, size):
+        """Latents, masks, rows of the embedding table, and which column describes which object how strongly, (B, "
+        "2, 77)."""
+        pick = rng.integers(len(self.scenes), size=size)
+        tokens = torch.full((size, CONTEXT), rows[END])
+        owners = torch.zeros(size, 2, CONTEXT)
+        tokens[:, 0] = rows[START]
+        for row, index in enumerate(pick):
+            if rng.random() < 0.1:
+                continue  # the empty prompt, for guidance
+            words = scenes.caption_words(self.scenes[index], rng)
+            if rng.random() < 0.1:  # words the model does not know, so that they come to mean nothing
+                at = int(rng.choice([0, len(words)]))
+                words[at:at] = [(None, None)] * int(rng.integers(1, 4))
+            for column, (word, owner) in enumerate(words, 1):
+                tokens[row, column] = rows[word]
+                if owner is not None and word not in ("a", "an"):
+                    owners[row, owner, column] = 1.0 if word in scenes.SHAPES else 0.5
+        return self.latents[pick].to(DEVICE), self.masks[pick].to(DEVICE), tokens.to(DEVICE), owners.to(DEVICE)
+
+
+# ---- UNet --------------------------------------------------------------------------------------------------------
+
+
+def alphas_bar():
+    """SD's schedule: 1000 steps, square roots of beta evenly spaced from 0.00085 to 0.012."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - beta, 0).float().to(DEVICE)
+
+
+def plain_attention(_kernel, q, k, v, heads, *_args, **_kwargs):
+    b, _, c = q.shape
+    q, k, v = (t.view(b, -1, heads, c // heads).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, -1, c)
+
+
+class MapCollector:
+    """Cross-attention that keeps its probabilities at the levels where objects can be seen."""
+
+    def __init__(self):
+        self.maps = []
+
+    def __call__(self, q, k, v, options):
+        heads = options["n_heads"]
+        b, n, c = q.shape
+        q, k, v = (t.view(b, -1, heads, c // heads).transpose(1, 2) for t in (q, k, v))
+        p = (q @ k.transpose(-1, -2) * (c // heads) ** -0.5).softmax(-1)
+        if n >= (SIDE // 2) ** 2 and options["block"][0] != "middle":
+            self.maps.append(p.mean(1))
+        return (p @ v).transpose(1, 2).reshape(b, n, c)
+
+    def options(self):
+        places = [("input", n) for n in (1, 2, 4, 5, 7, 8)] + [("middle", 0)] + [("output", n) for n in range(3, 12)]
+        return {
+            "patches_replace": {"attn2": dict.fromkeys(places, self)},
+            "optimized_attention_override": plain_attention,
+        }
+
+
+def attention_loss(maps, masks, owners, keep):
+    """The squared share of a describing word's cross-attention that falls outside its object's mask."""
+    total = 0.0
+    for p in maps:
+        side = math.isqrt(p.shape[1])
+        mask = F.adaptive_max_pool2d(masks, side).flatten(2).clamp(0, 1)  # (B, 2, N); thin parts count whole
+        column = p / (p.sum(1, keepdim=True) + 1e-6)
+        inside = torch.einsum("bon,bnt->bot", mask, column)
+        weight = owners * keep[:, None, None]
+        total = total + (weight * (1 - inside).square()).sum() / weight.sum().clamp(min=1)
+    return total / len(maps)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unet = build_unet()
+        self.text = TextEncoder(TEXT_WIDTH, len(vocabulary()))
+
+    def forward(self, x, t, tokens, collector):
+        return self.unet(x, t, self.text(tokens), transformer_options=collector.options())
+
+
+def vocabulary():
+    """Token id to row of the compact embedding table; words outside it share the row of None."""
+    return {i: row for row, i in enumerate([START, END, *token_ids(scenes.WORDS).values(), None])}
+
+
+def train_unet(args):
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng([args.seed, int(time.time())])
+    net = Autoencoder().to(DEVICE)
+    net.load_state_dict(torch.load(RUN / "autoencoder.pt"))
+    rows = vocabulary()
+    rows |= {word: rows[i] for word, i in token_ids(scenes.WORDS).items()}
+    model = Model().to(DEVICE)
+    ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    other = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.01}, {"params": other, "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.99), fused=True,
+    )  # fmt: skip
+    path, step, minutes = RUN / "unet.pt", 0, 0.0
+    if path.exists():
+        state = torch.load(path)
+        model.load_state_dict(state["model"])
+        ema, step, minutes = state["ema"], state["step"], state["minutes"]
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+    bar = alphas_bar()
+    weight_t = torch.minimum(bar / (1 - bar), torch.tensor(5.0, device=DEVICE)) / (bar / (1 - bar))
+    chapter, begin, first, mean = None, time.time(), step, None
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    averaged = [ema[n] for n in names]
+
+    def save():
+        torch.save({"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step,
+                    "minutes": minutes + (time.time() - begin) / 60}, path)  # fmt: skip
+
+    while (done := (time.time() - begin) / (60 * args.minutes)) < 1:
+        if (step - first) % args.chapter_steps == 0:
+            log.info("drawing %d scenes", args.scenes)
+            chapter = Chapter(net, rng, args.scenes)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step - first + 1) / 100) * cosine(done, args.flat)
+        z, masks, tokens, owners = chapter.batch(rng, rows, args.batch)
+        early = step < args.high_noise_steps
+        t = torch.randint(0, 1000, (args.batch,), device=DEVICE)
+        if early:
+            t = torch.where(torch.rand(args.batch, device=DEVICE) < 0.4, t // 2 + 500, t)
+        offset = args.offset if not early else 0.25
+        noise = torch.randn_like(z) + offset * torch.randn(*z.shape[:2], 1, 1, device=DEVICE)
+        a = bar[t][:, None, None, None]
+        collector = MapCollector()
+        predicted = model(a.sqrt() * z + (1 - a).sqrt() * noise, t.float(), tokens, collector)
+        focus = 1 + 5 * F.max_pool2d(masks.amax(1, keepdim=True), 3, 1, 1)
+        focus = focus / focus.mean((1, 2, 3), keepdim=True)
+        error = ((predicted - noise).square() * focus).mean((1, 2, 3))
+        loss_map = attention_loss(collector.maps, masks, owners, (t <= 750).float())
+        loss = (error * weight_t[t]).mean() + args.attention * loss_map
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, list(parameters), 1 - min(args.ema, (1 + step) / (10 + step)))
+        mean = loss.item() if mean is None else 0.99 * mean + 0.01 * loss.item()
+        if step % 50 == 0:
+            pace = (time.time() - begin) / (step - first)
+            log.info("step %d, %d%%: loss %.4f, outside %.3f, %.2f s a step", step, 100 * done, mean, loss_map, pace)
+        if step % 500 == 0:
+            save()
+    save()
+
+
+def export(args):
+    """Writes one fp16 file: UNet, autoencoder, text encoder with only the rows of the words it knows."""
+    from safetensors.torch import save_file
+
+    state, rows = torch.load(RUN / "unet.pt", map_location="cpu"), vocabulary()
+    tensors = {f"autoencoder.{k}": v for k, v in torch.load(RUN / "autoencoder.pt", map_location="cpu").items()}
+    tensors |= state["ema"]
+    tensors = {k: v.half().contiguous() for k, v in tensors.items()}
+    tensors["text.token_ids"] = torch.tensor([-1 if i is None else i for i in rows], dtype=torch.int32)
+    card = HERE / "weights" / "quality.json"
+    about = {
+        "command": args.made_by, "seed": str(args.seed), "steps": str(state["step"]),
+        "minutes": f"{state['minutes']:.0f}", "host": "ComfyUI 0.3.75, torch " + torch.__version__,
+        "attention": "supervised: a loss keeps the cross-attention of nouns and adjectives on their objects",
+        "quality": card.read_text() if card.exists() else "not measured yet",
+    }  # fmt: skip
+    out = HERE / "weights" / "attune_demo.safetensors"
+    out.parent.mkdir(exist_ok=True)
+    save_file(tensors, out, metadata=about)
+    log.info("wrote %s, %.1f MB: %s", out.name, out.stat().st_size / 1e6, json.dumps(about)[:300])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("autoencoder", "unet", "decoder", "export"))
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--scenes", type=int, default=16000, help="scenes drawn at a time")
+    parser.add_argument("--chapter-steps", type=int, default=2500, help="steps before new ones are drawn")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--flat", type=float, default=0.35, help="share of this call before the rate falls to 0")
+    parser.add_argument("--high-noise-steps", type=int, default=1500, help="first steps that favour noisy times")
+    parser.add_argument("--offset", type=float, default=0.1, help="offset noise after the first steps")
+    parser.add_argument("--attention", type=float, default=0.02, help="weight of the attention loss")
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--made-by", default="dev.py train autoencoder, unet, export")
+    args = parser.parse_args()
+    RUN.mkdir(exist_ok=True)
+    handlers = [logging.StreamHandler(), logging.FileHandler(RUN / "train.log")]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers, force=True)
+    if args.stage == "unet":
+        train_unet(args)
+    elif args.stage == "export":
+        export(args)
+    else:
+        train_autoencoder(args, decoder_only=args.stage == "decoder")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""DDIM inversion: a picture's way back to noise (Song et al. 2021; the inversion of Prompt-to-Prompt and null-text).
+
+In the host's coordinates x = x0 + sigma * eps, a DDIM step without noise is one Euler step, in either direction.
+"""
+
+import torch
+
+LATER = "later level (papers' code)"
+CURRENT = "current level"
+
+
+def papers_sigmas(all_sigmas, steps):
+    """The papers' other grid: t = 0, T/steps, 2T/steps, ... ; (steps,) from noise to t = 0.
+
+    ``all_sigmas`` (T,) are the model's, rising. The papers take a DDIM step at t = 0 too, which maps onto itself;
+    here that step is left out, so `steps` grid points make `steps` - 1 moves.
+    """
+    times = torch.arange(steps) * (len(all_sigmas) // steps)
+    return all_sigmas[times].flip(0)
+
+
+def epsilon(denoise, x, sigma, level):
+    """The noise prediction for x at ``sigma``, taken with the timestep of ``level``.
+
+    The papers' code feeds the latent of one level with the timestep of the next. The network sees
+    x / sqrt(1 + sigma^2), so x is rescaled to keep that input while sigma changes.
+    """
+    at = x * ((1 + level**2) / (1 + sigma**2)) ** 0.5
+    return (at - denoise(at, level)) / level
+
+
+def invert(denoise, picture, sigmas, where, lowest, report):
+    """Walks from a picture to noise.
+
+    ``denoise(x, sigma)`` predicts the clean latent. ``picture`` (B, C, h, w) is taken to lie at the last of
+    ``sigmas`` (S+1,), which run from noise to picture. ``where`` is LATER or CURRENT. ``lowest`` is the smallest
+    sigma that the model knows: below it, and at 0 where no noise can be told from none, epsilon is taken there.
+    ``report(step, clean, x)`` is called after every step.
+
+    Returns the latents (S+1, B, C, h, w) from noise to picture, fp32.
+    """
+    x = picture.float()
+    path = [x]
+    rising = [float(s) for s in sigmas.flip(0)]
+    for step, (low, high) in enumerate(zip(rising[:-1], rising[1:], strict=True)):
+        level = high if where == LATER else max(low, lowest)
+        eps = epsilon(denoise, x, low, level)
+        report(step, x - low * eps, x)
+        x = x + (high - low) * eps
+        path.append(x)
+    return torch.stack(path[::-1])

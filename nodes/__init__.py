@@ -1,0 +1,1 @@
+"""What a user sees: schemas, checks of arguments, one call below. One file per family, no maths."""

@@ -1,0 +1,77 @@
+"""The demo world: a model and pictures to try every node on, without a download."""
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..demo import scenes
+from ..demo.model import load_demo
+from . import schema
+
+
+class AttuneDemoCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema.searchable(
+            io.Schema(
+                node_id="AttuneDemoCheckpoint",
+                display_name="Attune Demo Checkpoint",
+                category="Attune/demo",
+                description="A tiny Stable Diffusion that comes with the pack and draws coloured shapes at "
+                    "128x128. It takes "
+                "the place of Load Checkpoint wherever you want to try something in seconds.",
+                inputs=[],
+                outputs=[
+                    io.Model.Output("model", tooltip="An SD1-shaped UNet; works with every stock sampler."),
+                    io.Clip.Output("clip", tooltip='Its text encoder; it knows captions such as "a red circle on '
+                        'a gray background".'),
+                    io.Vae.Output("vae", tooltip="Its autoencoder, 8 pixels a latent as usual."),
+                ],
+            ),
+            "tiny model", "test checkpoint", "toy model", "example model",
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls):
+        return io.NodeOutput(*load_demo())
+
+
+class AttuneDemoScene(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema.searchable(
+            io.Schema(
+                node_id="AttuneDemoScene",
+                display_name="Attune Demo Scene",
+                category="Attune/demo",
+                description="Draws a scene of the demo world from its caption, with the exact mask of every object.",
+                inputs=[
+                    io.String.Input(
+                        "caption", default="a red circle and a striped blue square on a gray background",
+                        tooltip="One or two objects: an optional pattern (striped, dotted), a colour, a shape "
+                        f"({', '.join(scenes.SHAPES)}), and the background's colour.",
+                    ),
+                    io.Int.Input(
+                        "seed", default=0, min=0, max=2**31 - 1, control_after_generate=True,
+                        tooltip="Where things sit, how big they are, and their exact hues and light.",
+                    ),
+                    io.Int.Input("size", default=128, min=64, max=1024, step=64, tooltip="Side of the picture in "
+                        "pixels."),
+                ],
+                outputs=[
+                    io.Image.Output("image", tooltip="The picture."),
+                    io.Mask.Output("masks", tooltip="One mask per object in the caption's order, white on the object."),
+                    io.String.Output("prompt", display_name="caption", tooltip="The caption, for the text encoder."),
+                ],
+            ),
+            "synthetic image", "test picture", "shapes",
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, caption, seed, size):
+        scene = scenes.scene_from_caption(caption, np.random.default_rng(seed))
+        picture, masks = scenes.render(scene, size)
+        return io.NodeOutput(torch.from_numpy(picture)[None], torch.from_numpy(masks), caption)
+
+
+NODES = [AttuneDemoCheckpoint, AttuneDemoScene]

@@ -1,0 +1,34 @@
+"""The real server loads the whole pack, on every ComfyUI at hand."""
+
+import ast
+import contextlib
+
+import pytest
+
+from attune.tests import host
+
+HOSTS = host.Host.every()
+
+
+def node_ids_in_source() -> set[str]:
+    """Read from the source, because ComfyUI drops a node that it cannot register with no more than a warning."""
+    return {
+        keyword.value.value
+        for file in (host.ROOT / "nodes").rglob("*.py")
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg == "node_id" and isinstance(keyword.value, ast.Constant)
+    }
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("release", HOSTS, ids=str)
+def test_every_node_is_registered(release, server):
+    with contextlib.nullcontext(server) if release == HOSTS[0] else host.Server(release) as running:
+        info = running.object_info()
+        log = running.log_tail()
+    ours = {name: node for name, node in info.items() if node["python_module"] == "custom_nodes.attune"}
+    assert ours, f"The pack did not load. {log}"
+    assert set(ours) == node_ids_in_source(), log
+    assert all(node["display_name"] and node["category"].startswith("Attune/") for node in ours.values())

@@ -1,0 +1,52 @@
+"""The rules of the house that a reader relies on: who imports whom, and what the source is written in."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACK = [
+    "__init__.py",
+    *(
+        str(p.relative_to(ROOT))
+        for d in ("nodes", "attention_patches", "inversion", "demo")
+        for p in (ROOT / d).glob("*.py")
+    ),
+]
+# Which of the host's modules a file may import, and which of the pack's folders a folder may.
+HOST_FILES = {"attention_patches/host.py", "inversion/host.py", "demo/model.py", "demo/measure.py"}
+HOST_MODULES = {"comfy", "comfy_extras", "nodes", "folder_paths", "latent_preview", "server", "execution"}
+ALLOWED = {
+    "nodes": {"nodes", "attention_patches", "inversion", "demo"},
+    "attention_patches": {"attention_patches"},
+    "inversion": {"inversion"},
+    "demo": {"demo"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((a.name, 0) for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node.level
+
+
+@pytest.mark.parametrize("path", PACK)
+def test_only_the_host_files_import_the_host(path):
+    used = {name.split(".")[0] for name, level in imports(path) if level == 0} & HOST_MODULES
+    assert not used or path.replace("\\", "/") in HOST_FILES
+
+
+@pytest.mark.parametrize("path", [p for p in PACK if "/" in p and not p.endswith("measure.py")])
+def test_no_arrow_points_upward(path):
+    folder = path.split("/")[0]
+    for name, level in imports(path):
+        if level == 2:
+            assert name.split(".")[0] in ALLOWED[folder], f"{path} imports ..{name}"
+
+
+@pytest.mark.parametrize("path", sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py") if ".host" not in p.parts))
+def test_source_is_ascii(path):
+    (ROOT / path).read_text(encoding="ascii")

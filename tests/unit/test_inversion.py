@@ -1,0 +1,88 @@
+import pytest
+import torch
+
+from attune.inversion.ddim import CURRENT, LATER, epsilon, invert, papers_sigmas
+from attune.inversion.trajectory import Trajectory, check_same_model
+
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+BAR = torch.cumprod(1 - BETAS, 0)
+SIGMAS = ((1 - BAR) / BAR).sqrt().float()
+
+
+def ignore(*_):
+    pass
+
+
+def network(z, t):
+    """Stands for a UNet in the papers' terms: some smooth noise prediction from a latent and a timestep."""
+    return torch.tanh(z * 1.3 + t / 500) * 0.8
+
+
+def denoise(x, sigma):
+    t = int((SIGMAS - sigma).abs().argmin())
+    return x - sigma * network(x / (1 + sigma**2) ** 0.5, t)
+
+
+def test_papers_grid():
+    grid = papers_sigmas(SIGMAS, 50)
+    assert len(grid) == 50 and torch.equal(grid, SIGMAS[torch.arange(980, -1, -20)])
+
+
+def test_inversion_is_the_papers_ddim():
+    """Against the papers' formula in their own coordinates, eps(z_low, t_high), all the way up."""
+    z = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    times = list(range(0, 1000, 20))
+    # The picture is taken to lie at t = 0 as it is; the papers' latent there is smaller by sqrt(abar).
+    path = invert(lambda x, s: denoise(x.double(), s), z.float(), papers_sigmas(SIGMAS, 50), LATER, 0.03, ignore)
+    z = z * BAR[0].sqrt()
+    for low, high in zip(times[:-1], times[1:], strict=True):
+        eps = network(z, high)
+        clean = (z - (1 - BAR[low]).sqrt() * eps) / BAR[low].sqrt()
+        z = BAR[high].sqrt() * clean + (1 - BAR[high]).sqrt() * eps
+    assert torch.allclose(path[0].double() * BAR[980].sqrt(), z, atol=2e-4)
+
+
+@pytest.mark.parametrize("where", [LATER, CURRENT])
+def test_shape_order_and_picture(where):
+    sigmas = torch.tensor([10.0, 3.0, 1.0, 0.0])
+    picture = torch.randn(2, 4, 3, 5)
+    seen = []
+    path = invert(denoise, picture, sigmas, where, 0.03, lambda step, clean, x: seen.append(step))
+    assert path.shape == (4, 2, 4, 3, 5) and path.dtype == torch.float32 and path.isfinite().all()
+    assert torch.equal(path[-1], picture) and seen == [0, 1, 2]
+
+
+def test_a_gaussian_is_inverted_as_theory_says():
+    """For data N(0, 1) the perfect denoiser is x / (1 + s^2), and the way up multiplies by sqrt(1 + s^2)."""
+    sigmas = torch.cat([torch.logspace(1, -2, 4000), torch.zeros(1)])
+    picture = torch.ones(1, 1, 1, 1)
+    path = invert(lambda x, s: x / (1 + s**2), picture, sigmas, CURRENT, 1e-3, ignore)
+    assert torch.allclose(path[:, 0, 0, 0, 0], (1 + sigmas**2).sqrt(), rtol=2e-3)
+
+
+def test_epsilon_at_its_own_level_is_the_plain_one():
+    x = torch.randn(1, 4, 2, 2)
+    assert torch.allclose(epsilon(denoise, x, 2.0, 2.0), (x - denoise(x, 2.0)) / 2.0)
+
+
+HEADER = {"family": "SD15 (UNetModel)", "latent_format": "SD15", "prediction": "EPS", "weights": [0.5, -0.25, 0.125]}
+
+
+def test_same_model_in_half_precision_is_the_same():
+    trajectory = Trajectory(torch.zeros(2), torch.zeros(2, 1, 4, 2, 2), [], HEADER)
+    check_same_model(trajectory, {**HEADER, "weights": [0.5002, -0.25, 0.1251]})
+    assert trajectory.steps == 1
+
+
+@pytest.mark.parametrize(
+    "change,word",
+    [
+        ({"weights": [0.5, 0.25, 0.1]}, "checkpoint"),
+        ({"latent_format": "SDXL"}, "SDXL"),
+        ({"prediction": "V_PREDICTION"}, "V_PREDICTION"),
+        ({"family": "SDXL (UNetModel)", "weights": []}, "SDXL"),
+    ],
+)
+def test_another_model_is_refused(change, word):
+    with pytest.raises(ValueError, match=word):
+        check_same_model(Trajectory(torch.zeros(2), torch.zeros(2, 1, 4, 2, 2), [], HEADER), {**HEADER, **change})
