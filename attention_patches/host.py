@@ -9,6 +9,7 @@ Host facts used (checked on 0.3.52 and 0.3.75): wrappers OUTER_SAMPLE, PREDICT_N
 block_index, activations_shape, n_heads, sample_sigmas; `sampler_helpers.convert_cond`; `samplers.process_conds`.
 """
 
+import inspect
 from dataclasses import dataclass, replace
 
 import comfy.sampler_helpers
@@ -330,12 +331,21 @@ def _patched(model, model_options, patch):
     return {**model_options, "transformer_options": options}
 
 
+# Another pack may have put its own kernel there; ComfyUI 0.3.52 does not know of that and refuses the keyword.
+_KERNEL_TAKES_OPTIONS = any(
+    p.kind is p.VAR_KEYWORD or p.name == "transformer_options"
+    for p in inspect.signature(optimized_attention).parameters.values()
+)
+
+
 def _bind(patch, kind, inner):
     def attend(q, k, v, options):
         if inner is not None:
             return inner(q, k, v, options)
-        precision = options.get("attn_precision")
-        return optimized_attention(q, k, v, options["n_heads"], attn_precision=precision, transformer_options=options)
+        settings = {"attn_precision": options.get("attn_precision")}
+        if _KERNEL_TAKES_OPTIONS:
+            settings["transformer_options"] = options
+        return optimized_attention(q, k, v, options["n_heads"], **settings)
 
     return lambda q, k, v, options: patch(kind, QKV(q, k, v), options, attend, inner is not None)
 

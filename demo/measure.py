@@ -69,16 +69,14 @@ class Bench:
         return call(stock.VAEDecode, self.vae, latent)[0]
 
     def invert(self, latent, conditioning):
-        return call(
-            invert.AttuneDDIMInversion, self.model, latent, conditioning, self.steps, invert.GRIDS[0], invert.LEVELS[0]
-        )
+        settings = self.steps, invert.GRIDS[0], invert.LEVELS[0]
+        return call(invert.AttuneDDIMInversion, self.model, latent, conditioning, *settings)
 
     def sample(self, model, positive, guidance, sigmas, noise):
         euler = call(custom.KSamplerSelect, "euler")[0]
         negative = self.text("")
-        return self.decode(
-            call(custom.SamplerCustom, model, False, 0, guidance, positive, negative, euler, sigmas, noise)[0]
-        )
+        drawn = call(custom.SamplerCustom, model, False, 0, guidance, positive, negative, euler, sigmas, noise)[0]
+        return self.decode(drawn)
 
 
 def save(name, pictures, columns=8):
@@ -101,8 +99,8 @@ def measure_generation(bench):
         for first in range(0, len(drawn), 16):
             prompts = [scenes.caption(s) for s in drawn[first : first + 16]]
             empty = {"samples": torch.zeros(len(prompts), 4, 16, 16)}
-            latent = call(stock.KSampler, bench.model, bench.seed + first, bench.steps, guidance, "euler", "ddim_uniform",
-                          bench.text(*prompts), bench.text(""), empty)[0]  # fmt: skip
+            settings = bench.seed + first, bench.steps, guidance, "euler", "ddim_uniform"
+            latent = call(stock.KSampler, bench.model, *settings, bench.text(*prompts), bench.text(""), empty)[0]
             pictures.append(bench.decode(latent))
         pictures = torch.cat(pictures)
         save(f"generation_{guidance:g}.png", pictures)

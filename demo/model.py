@@ -169,8 +169,7 @@ def load_vae(weights):
     net.load_state_dict(weights)
     vae.first_stage_model = net.to(vae.vae_dtype)
     vae.patcher = ModelPatcher(net, load_device=vae.device, offload_device=management.vae_offload_device())
-    vae.size = None
-    vae.model_size()
+    vae.size = management.module_size(net)  # newer hosts measured the network that ours replaces
     return vae
 
 

@@ -12,24 +12,30 @@ from . import schema
 class AttuneDemoCheckpoint(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema.searchable(
-            io.Schema(
-                node_id="AttuneDemoCheckpoint",
-                display_name="Attune Demo Checkpoint",
-                category="Attune/demo",
-                description="A tiny Stable Diffusion that comes with the pack and draws coloured shapes at "
-                    "128x128. It takes "
-                "the place of Load Checkpoint wherever you want to try something in seconds.",
-                inputs=[],
-                outputs=[
-                    io.Model.Output("model", tooltip="An SD1-shaped UNet; works with every stock sampler."),
-                    io.Clip.Output("clip", tooltip='Its text encoder; it knows captions such as "a red circle on '
-                        'a gray background".'),
-                    io.Vae.Output("vae", tooltip="Its autoencoder, 8 pixels a latent as usual."),
-                ],
+        node = io.Schema(
+            node_id="AttuneDemoCheckpoint",
+            display_name="Attune Demo Checkpoint",
+            category="Attune/demo",
+            description=(
+                "A tiny Stable Diffusion that comes with the pack and draws coloured shapes at 128x128. It takes the "
+                "place of Load Checkpoint wherever you want to try something in seconds."
             ),
-            "tiny model", "test checkpoint", "toy model", "example model",
-        )  # fmt: skip
+            inputs=[],
+            outputs=[
+                io.Model.Output(
+                    "model",
+                    display_name="model",
+                    tooltip="An SD1-shaped UNet; works with every stock sampler.",
+                ),
+                io.Clip.Output(
+                    "clip",
+                    display_name="clip",
+                    tooltip='Its text encoder; it knows captions such as "a red circle on a gray background".',
+                ),
+                io.Vae.Output("vae", display_name="vae", tooltip="Its autoencoder, 8 pixels a latent as usual."),
+            ],
+        )
+        return schema.searchable(node, "tiny model", "test checkpoint", "toy model", "example model")
 
     @classmethod
     def execute(cls):
@@ -39,33 +45,41 @@ class AttuneDemoCheckpoint(io.ComfyNode):
 class AttuneDemoScene(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema.searchable(
-            io.Schema(
-                node_id="AttuneDemoScene",
-                display_name="Attune Demo Scene",
-                category="Attune/demo",
-                description="Draws a scene of the demo world from its caption, with the exact mask of every object.",
-                inputs=[
-                    io.String.Input(
-                        "caption", default="a red circle and a striped blue square on a gray background",
-                        tooltip="One or two objects: an optional pattern (striped, dotted), a colour, a shape "
-                        f"({', '.join(scenes.SHAPES)}), and the background's colour.",
+        node = io.Schema(
+            node_id="AttuneDemoScene",
+            display_name="Attune Demo Scene",
+            category="Attune/demo",
+            description="Draws a scene of the demo world from its caption, with the exact mask of every object.",
+            inputs=[
+                io.String.Input(
+                    "caption",
+                    default="a red circle and a striped blue square on a gray background",
+                    tooltip=(
+                        "One or two objects: an optional pattern (striped, dotted), a colour, a shape "
+                        f"({', '.join(scenes.SHAPES)}), and the background's colour."
                     ),
-                    io.Int.Input(
-                        "seed", default=0, min=0, max=2**31 - 1, control_after_generate=True,
-                        tooltip="Where things sit, how big they are, and their exact hues and light.",
-                    ),
-                    io.Int.Input("size", default=128, min=64, max=1024, step=64, tooltip="Side of the picture in "
-                        "pixels."),
-                ],
-                outputs=[
-                    io.Image.Output("image", tooltip="The picture."),
-                    io.Mask.Output("masks", tooltip="One mask per object in the caption's order, white on the object."),
-                    io.String.Output("prompt", display_name="caption", tooltip="The caption, for the text encoder."),
-                ],
-            ),
-            "synthetic image", "test picture", "shapes",
-        )  # fmt: skip
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=True,
+                    tooltip="Where things sit, how big they are, and their exact hues and light.",
+                ),
+                io.Int.Input("size", default=128, min=64, max=1024, step=64, tooltip="Side of the picture in pixels."),
+            ],
+            outputs=[
+                io.Image.Output("image", display_name="image", tooltip="The picture."),
+                io.Mask.Output(
+                    "masks",
+                    display_name="masks",
+                    tooltip="One mask per object in the caption's order, white on the object.",
+                ),
+                io.String.Output("prompt", display_name="caption", tooltip="The caption, for the text encoder."),
+            ],
+        )
+        return schema.searchable(node, "synthetic image", "test picture", "shapes")
 
     @classmethod
     def execute(cls, caption, seed, size):

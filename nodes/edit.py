@@ -11,79 +11,86 @@ from ..inversion.trajectory import check_same_model
 from . import schema
 
 
+def share(name, default, tooltip):
+    """A place in the sampling, as a share of its steps."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.05, round=0.001, tooltip=tooltip)
+
+
 class AttunePromptSwap(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        def share(name, default, tooltip):
-            return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.05, round=0.001, tooltip=tooltip)
-
-        return schema.searchable(
-            io.Schema(
-                node_id="AttunePromptSwap",
-                display_name="Attune Prompt Swap",
-                category="Attune/edit",
-                description="Exchanges words of a picture's caption, one for one, and keeps the picture's layout: "
-                    "the new "
-                "word is drawn where the old one was (Prompt-to-Prompt, word swap).",
-                inputs=[
-                    io.Model.Input("model", tooltip="The model that the trajectory was made with."),
-                    io.Clip.Input("clip", tooltip="The checkpoint's text encoder; it reads both prompts."),
-                    schema.Trajectory.Input("trajectory", tooltip="The source picture, from an Attune inversion."),
-                    io.String.Input(
-                        "source_prompt", multiline=True, default="a red circle on a gray background",
-                        tooltip="The picture's caption as it is. It should name what you want to exchange.",
-                    ),
-                    io.String.Input(
-                        "target_prompt", multiline=True, default="a blue circle on a gray background",
-                        tooltip="The same caption with words exchanged, as many words as before.",
-                    ),
-                    share("cross_start", 0.0, "Share of the steps after which words look where the source's words "
-                        "looked."),
-                    share(
-                        "cross_end", 0.8,
-                        "Share of the steps until which they do. Higher keeps the old layout more strictly; lower "
-                        "lets the "
-                        "new word change the shape of things.",
-                    ),
-                    share("self_start", 0.0, "Share of the steps after which the picture's inner structure is the "
-                        "source's."),
-                    share(
-                        "self_end", 0.4,
-                        "Share of the steps until which it is. Higher keeps outlines and background; lower gives "
-                        "the edit "
-                        "room. Lower this first when an edit does not show.",
-                    ),
-                    io.Int.Input(
-                        "token_limit", default=1024, min=0, max=1 << 20,
-                        tooltip="The structure is kept only in layers with at most this many picture tokens: 256 "
-                            "is 16x16, "
-                        "1024 is 32x32 (the papers' code uses either). Lower leaves finer detail to the edit.",
-                    ),
-                ],
-                outputs=[
-                    io.Model.Output("edited", display_name="model", tooltip="Draws the edit. The model that came "
-                        "in is not changed."),
-                    io.Conditioning.Output("positive", tooltip="The target prompt: connect it to the sampler's "
-                        "positive."),
-                ],
+        node = io.Schema(
+            node_id="AttunePromptSwap",
+            display_name="Attune Prompt Swap",
+            category="Attune/edit",
+            description=(
+                "Exchanges words of a picture's caption, one for one, and keeps the picture's layout: the new word is "
+                "drawn where the old one was (Prompt-to-Prompt, word swap)."
             ),
-            "prompt-to-prompt", "p2p", "word swap", "replace word", "attention replace",
-        )  # fmt: skip
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the trajectory was made with."),
+                io.Clip.Input("clip", tooltip="The checkpoint's text encoder; it reads both prompts."),
+                schema.Trajectory.Input("trajectory", tooltip="The source picture, from an Attune inversion."),
+                io.String.Input(
+                    "source_prompt",
+                    multiline=True,
+                    default="a red circle on a gray background",
+                    tooltip="The picture's caption as it is. It should name what you want to exchange.",
+                ),
+                io.String.Input(
+                    "target_prompt",
+                    multiline=True,
+                    default="a blue circle on a gray background",
+                    tooltip="The same caption with words exchanged, as many words as before.",
+                ),
+                share("cross_start", 0.0, "Share of the steps after which words look where the source's words looked."),
+                share(
+                    "cross_end",
+                    0.8,
+                    "Share of the steps until which they do. Higher keeps the old layout more strictly; lower lets the "
+                    "new word change the shape of things.",
+                ),
+                share(
+                    "self_start", 0.0, "Share of the steps after which the picture is put together as the source is."
+                ),
+                share(
+                    "self_end",
+                    0.4,
+                    "Share of the steps until which it is. Higher keeps outlines and background; lower gives the edit "
+                    "room. Lower this first when an edit does not show.",
+                ),
+                io.Int.Input(
+                    "token_limit",
+                    default=1024,
+                    min=0,
+                    max=1 << 20,
+                    tooltip=(
+                        "The structure is kept only in layers with at most this many picture tokens: 256 is 16x16, "
+                        "1024 is 32x32 (the papers' code uses either). Lower leaves finer detail to the edit."
+                    ),
+                ),
+            ],
+            outputs=[
+                # An output may not share its id with an input.
+                io.Model.Output(
+                    "edited",
+                    display_name="model",
+                    tooltip="Draws the edit. The model that came in is not changed.",
+                ),
+                io.Conditioning.Output(
+                    "positive",
+                    display_name="positive",
+                    tooltip="The target prompt: connect it to the sampler's positive.",
+                ),
+            ],
+        )
+        return schema.searchable(node, "prompt-to-prompt", "p2p", "word swap", "replace word", "attention replace")
 
     @classmethod
     def execute(
-        cls,
-        model,
-        clip,
-        trajectory,
-        source_prompt,
-        target_prompt,
-        cross_start,
-        cross_end,
-        self_start,
-        self_end,
-        token_limit,
-    ):
+        cls, model, clip, trajectory, source_prompt, target_prompt,
+        cross_start, cross_end, self_start, self_end, token_limit,
+    ):  # fmt: skip
         host.check_unet(model)
         check_same_model(trajectory, describe_model(model))
         source, target = host.read_words(clip, source_prompt), host.read_words(clip, target_prompt)

@@ -14,49 +14,66 @@ LEVELS = [ddim.LATER, ddim.CURRENT]
 class AttuneDDIMInversion(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema.searchable(
-            io.Schema(
-                node_id="AttuneDDIMInversion",
-                display_name="Attune DDIM Inversion",
-                category="Attune/invert",
-                description="Finds the noise that a picture would be drawn from, and keeps every step of the way. "
-                    "An edit "
-                "reads that way to leave the rest of the picture as it is.",
-                inputs=[
-                    io.Model.Input("model", tooltip="The model that will draw the edit."),
-                    io.Latent.Input("latent", tooltip="The picture, from VAE Encode. A batch is inverted together."),
-                    io.Conditioning.Input(
-                        "conditioning",
-                        tooltip="The picture's caption, from CLIP Text Encode; an empty text works too and suits "
-                            "edits that "
-                        "have no source prompt. The closer the caption, the better the picture comes back.",
-                    ),
-                    io.Int.Input(
-                        "steps", default=50, min=2, max=1000,
-                        tooltip="How many steps to walk. More bring the picture back more faithfully and take longer.",
-                    ),
-                    io.Combo.Input(
-                        "grid", options=GRIDS, default=GRIDS[0],
-                        tooltip="Which noise levels are visited. The host's are those of ComfyUI's ddim_uniform "
-                            "scheduler; "
-                        "the papers' other grid ends one training step lower and takes one step fewer.",
-                    ),
-                    io.Combo.Input(
-                        "epsilon", options=LEVELS, default=LEVELS[0],
-                        tooltip="At which noise level each step asks the model. The papers' code asks at the "
-                            "later one.",
-                    ),
-                ],
-                outputs=[
-                    schema.Trajectory.Output("trajectory", tooltip="The way from noise to picture, for Attune's "
-                        "edit nodes."),
-                    io.Latent.Output("noise", tooltip="Where the sampler starts: use it with adding noise "
-                        "switched off."),
-                    io.Sigmas.Output("sigmas", tooltip="The way back, for Sampler Custom. Use it with euler."),
-                ],
+        node = io.Schema(
+            node_id="AttuneDDIMInversion",
+            display_name="Attune DDIM Inversion",
+            category="Attune/invert",
+            description=(
+                "Finds the noise that a picture would be drawn from, and keeps every step of the way. An edit reads "
+                "that way to leave the rest of the picture as it is."
             ),
-            "ddim inversion", "invert", "real image editing", "noise from image", "unsample",
-        )  # fmt: skip
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will draw the edit."),
+                io.Latent.Input("latent", tooltip="The picture, from VAE Encode. A batch is inverted together."),
+                io.Conditioning.Input(
+                    "conditioning",
+                    tooltip=(
+                        "The picture's caption, from CLIP Text Encode; an empty text works too and suits edits that "
+                        "have no source prompt. The closer the caption, the better the picture comes back."
+                    ),
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=2,
+                    max=1000,
+                    tooltip="How many steps to walk. More bring the picture back more faithfully and take longer.",
+                ),
+                io.Combo.Input(
+                    "grid",
+                    options=GRIDS,
+                    default=GRIDS[0],
+                    tooltip=(
+                        "Which noise levels are visited. The host's are those of ComfyUI's ddim_uniform scheduler; the "
+                        "papers' other grid ends one training step lower and takes one step fewer."
+                    ),
+                ),
+                io.Combo.Input(
+                    "epsilon",
+                    options=LEVELS,
+                    default=LEVELS[0],
+                    tooltip="At which noise level each step asks the model. The papers' code asks at the later one.",
+                ),
+            ],
+            outputs=[
+                schema.Trajectory.Output(
+                    "trajectory",
+                    display_name="trajectory",
+                    tooltip="The way from noise to picture, for Attune's edit nodes.",
+                ),
+                io.Latent.Output(
+                    "noise",
+                    display_name="noise",
+                    tooltip="Where the sampler starts: use it with adding noise switched off.",
+                ),
+                io.Sigmas.Output(
+                    "sigmas",
+                    display_name="sigmas",
+                    tooltip="The way back, for Sampler Custom. Use it with euler.",
+                ),
+            ],
+        )
+        return schema.searchable(node, "ddim inversion", "invert", "real image editing", "image to noise", "unsample")
 
     @classmethod
     def execute(cls, model, latent, conditioning, steps, grid, epsilon):
@@ -75,6 +92,7 @@ class AttuneDDIMInversion(io.ComfyNode):
         header = {**host.describe_model(model), "method": "ddim", "grid": grid, "epsilon": epsilon}
         trajectory = Trajectory(sigmas, path, conditioning, header)
         noise = {**latent, "samples": host.to_host_scale(model, trajectory.noise)}
+        # A mask in the latent would keep the sampler from drawing there, on the way back too.
         noise.pop("noise_mask", None)
         return io.NodeOutput(trajectory, noise, sigmas)
 

@@ -1,13 +1,10 @@
 """The real server loads the whole pack, on every ComfyUI at hand."""
 
 import ast
-import contextlib
 
 import pytest
 
 from attune.tests import host
-
-HOSTS = host.Host.every()
 
 
 def node_ids_in_source() -> set[str]:
@@ -23,11 +20,9 @@ def node_ids_in_source() -> set[str]:
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize("release", HOSTS, ids=str)
-def test_every_node_is_registered(release, server):
-    with contextlib.nullcontext(server) if release == HOSTS[0] else host.Server(release) as running:
-        info = running.object_info()
-        log = running.log_tail()
+def test_every_node_is_registered(every_server):
+    info = every_server.object_info()
+    log = every_server.log_tail()
     ours = {name: node for name, node in info.items() if node["python_module"] == "custom_nodes.attune"}
     assert ours, f"The pack did not load. {log}"
     assert set(ours) == node_ids_in_source(), log

@@ -1,0 +1,110 @@
+"""The demo model, a source picture and its trajectory, and how each method is put on a MODEL; quick to sample."""
+
+import comfy.samplers
+import comfy_extras.nodes_custom_sampler as custom
+import torch
+
+import nodes as stock
+from attune.attention_patches import host as patches
+from attune.inversion import host as runs
+from attune.inversion.trajectory import Trajectory
+from attune.nodes.demo import AttuneDemoCheckpoint
+from attune.nodes.edit import AttunePromptSwap
+
+SOURCE = "a red circle and a blue square on a gray background"
+TARGET = "a yellow circle and a blue square on a gray background"
+STEPS = 5
+
+
+def outputs(node, *args, **kwargs):
+    """A node's outputs, whether it is written in the host's older or newer style."""
+    if hasattr(node, "execute"):
+        return node.execute(*args, **kwargs).result
+    return getattr(node(), node.FUNCTION)(*args, **kwargs)
+
+
+class Bench:
+    """Every call runs the host's own classes; pictures are latents in the model's scale."""
+
+    def __init__(self, height=16, width=16, batch=1, guidance=5.0):
+        self.model, self.clip, self.vae = outputs(AttuneDemoCheckpoint)
+        self.guidance = guidance
+        self.sigmas = runs.schedule(self.model, STEPS, runs.HOST_GRID)
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(batch, 4, height, width, generator=generator) * float(self.sigmas[0])
+        self.noise = {"samples": runs.to_host_scale(self.model, start)}
+        self.trajectory = self.record(SOURCE, self.guidance)
+
+    def text(self, prompt):
+        return outputs(stock.CLIPTextEncode, self.clip, prompt)[0]
+
+    def record(self, prompt, guidance):
+        """The trajectory of drawing a picture with the stock sampler, every latent as the sampler had it."""
+        path = []
+        guider = comfy.samplers.CFGGuider(self.model)
+        guider.set_conds(self.text(prompt), self.text(""))
+        guider.set_cfg(guidance)
+        sampler = comfy.samplers.sampler_object("euler")
+        start = self.noise["samples"]
+        end = guider.sample(
+            torch.zeros_like(start), start, sampler, self.sigmas, disable_pbar=True, seed=0,
+            callback=lambda step, x0, x, total: path.append(x.clone()),
+        )  # fmt: skip
+        path.append(runs.to_model_scale(self.model, end))
+        return Trajectory(self.sigmas, torch.stack(path).cpu(), self.text(prompt), runs.describe_model(self.model))
+
+    def sample(self, model, positive, latent=None, sampler="euler", guidance=None, negative=None, sigmas=None, seed=0):
+        """The latent that a stock SamplerCustom draws from the trajectory's noise."""
+        euler = outputs(custom.KSamplerSelect, sampler)[0]
+        guidance = self.guidance if guidance is None else guidance
+        sigmas = self.sigmas if sigmas is None else sigmas
+        negative = self.text("") if negative is None else negative
+        latent = self.noise if latent is None else latent
+        return outputs(custom.SamplerCustom, model, False, seed, guidance, positive, negative, euler, sigmas, latent)[
+            0
+        ]["samples"]
+
+
+def prompt_swap(bench, strength, model=None, trajectory=None, source=SOURCE, target=TARGET):
+    """``strength`` 1 is the method as it is meant; 0 must be no edit at all."""
+    return outputs(
+        AttunePromptSwap, model or bench.model, bench.clip, trajectory or bench.trajectory, source, target,
+        0.0, 0.8 * strength, 0.0, 0.4 * strength, 1024,
+    )  # fmt: skip
+
+
+# Every method that edits a MODEL joins here, and with that every contract test.
+METHODS = {"prompt swap": prompt_swap}
+
+
+class PlainAdapter:
+    """What IP-Adapter packs put into an attention slot: it adds to the attention and takes further callbacks."""
+
+    def __init__(self, callback, **kwargs):
+        self.callbacks, self.kwargs = [callback], [kwargs]
+
+    def add(self, callback, **kwargs):
+        self.callbacks.append(callback)
+        self.kwargs.append(kwargs)
+
+    def __call__(self, q, k, v, options):
+        out = patches.optimized_attention(q, k, v, options["n_heads"])
+        return out + sum(c(out, q, k, v, options, **k_) for c, k_ in zip(self.callbacks, self.kwargs, strict=True))
+
+
+def apply_ip_adapter(model, strength):
+    """As those packs do it: take what sits in the slot and call ``.add`` on it, else put an object there."""
+
+    def callback(out, q, k, v, options, weight):
+        return weight * torch.roll(out, 1, dims=-1)
+
+    model = model.clone()
+    options = model.model_options["transformer_options"] = model.model_options["transformer_options"].copy()
+    table = options["patches_replace"] = dict(options.get("patches_replace", {}))
+    entries = table["attn2"] = dict(table.get("attn2", {}))
+    for key in [("input", 1), ("input", 4), ("middle", 0), ("output", 5), ("output", 10)]:
+        if key in entries:
+            entries[key].add(callback, weight=strength)
+        else:
+            entries[key] = PlainAdapter(callback, weight=strength)
+    return model

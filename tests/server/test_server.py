@@ -1,0 +1,159 @@
+"""The pack in a server that goes on running: bad input, Cancel, repetition and memory."""
+
+import copy
+
+import numpy as np
+import psutil
+import pytest
+
+from attune.tests import host
+from attune.tests.server import workflow
+
+INVERSION, SWAP, SAMPLER = "AttuneDDIMInversion", "AttunePromptSwap", "SamplerCustom"
+RESULT = "word swap"
+
+
+def word_swap(steps=12, seed=3, size=128):
+    """The demo workflow cut down to its edited picture."""
+    prompt = workflow.load(workflow.DEMO)
+    prompt[workflow.find(prompt, INVERSION)]["inputs"]["steps"] = steps
+    prompt[workflow.find(prompt, "AttuneDemoScene")]["inputs"].update(seed=seed, size=size)
+    keep, todo = set(), [workflow.find(prompt, RESULT)]
+    while todo:
+        node = todo.pop()
+        keep.add(node)
+        todo += [value[0] for value in prompt[node]["inputs"].values() if isinstance(value, list)]
+    return {node: entry for node, entry in prompt.items() if node in keep}
+
+
+def edit(server, prompt):
+    return workflow.pixels(server, workflow.saved(prompt, server.run(prompt))[RESULT])
+
+
+def forget(server):
+    """Makes ComfyUI drop its models and cached results. It does so between two prompts, so one must follow."""
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.run({
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+    })  # fmt: skip
+
+
+def was_cached(entry):
+    return {node for kind, data in entry["status"]["messages"] if kind == "execution_cached" for node in data["nodes"]}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server):
+    """The edited picture of a run with nothing before it, and where the server keeps it."""
+    forget(server)
+    prompt = word_swap()
+    image = workflow.saved(prompt, server.run(prompt))[RESULT]
+    return image, workflow.pixels(server, image)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def another_word(prompt):
+    prompt[workflow.find(prompt, SWAP)]["inputs"]["target_prompt"] += " today"
+
+
+def reversed_window(prompt):
+    prompt[workflow.find(prompt, SWAP)]["inputs"].update(cross_start=0.9, cross_end=0.1)
+
+
+def other_size(prompt):
+    prompt[workflow.find(prompt, SAMPLER)]["inputs"]["latent_image"] = ["900", 0]
+    prompt["900"] = {"class_type": "EmptyLatentImage", "inputs": {"width": 192, "height": 64, "batch_size": 1}}
+
+
+def unknown_positive(prompt):
+    sampler = prompt[workflow.find(prompt, SAMPLER)]["inputs"]
+    sampler["positive"] = sampler["negative"]
+
+
+def unknown_grid(prompt):
+    prompt[workflow.find(prompt, INVERSION)]["inputs"]["grid"] = "theirs"
+
+
+CASES = {
+    "another word": (another_word, SWAP, "has 12 words and the target prompt 13"),
+    "reversed window": (reversed_window, SWAP, "The window 0.9 to 0.1"),
+    "other size": (other_size, SAMPLER, "connect the LATENT of the node that made the TRAJECTORY"),
+    "unknown positive": (unknown_positive, SAMPLER, "connect the positive output of the Attune edit node"),
+    "unknown grid": (unknown_grid, INVERSION, 'The grid is "theirs"'),
+}
+
+
+@pytest.mark.parametrize("spoil, culprit, words", CASES.values(), ids=CASES)
+def test_bad_input_is_shown_on_the_node_and_does_no_harm(server, undisturbed, spoil, culprit, words):
+    image, expected = undisturbed
+    prompt = word_swap()
+    spoiled = copy.deepcopy(prompt)
+    spoil(spoiled)
+    entry = server.wait_for_history(server.queue(spoiled))
+    (error,) = (data for kind, data in entry["status"]["messages"] if kind == "execution_error")
+    message = error["exception_message"].strip()
+    assert (error["node_type"], error["exception_type"]) == (culprit, "ValueError"), error
+    assert words in message
+    assert message.endswith(".") and "\n" not in message
+    assert np.array_equal(workflow.pixels(server, image), expected), "an earlier result is gone"
+    assert np.array_equal(edit(server, prompt), expected), "the next run draws something else"
+
+
+# -- Cancel -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("culprit", [INVERSION, SAMPLER])
+def test_cancel_stops_at_once_and_leaves_nothing_behind(server, undisturbed, culprit):
+    forget(server)
+    prompt = word_swap()
+    node, seen = workflow.find(prompt, culprit), []
+
+    def cancel_at_step_3(at, step, _steps):
+        if at == node:
+            seen.append(step)
+            if step == 3:
+                server.interrupt()
+
+    with pytest.raises(host.HostError, match="was interrupted"):
+        server.run(prompt, cancel_at_step_3)
+    # A step that was under way is finished, and one or two more may pass while the request travels.
+    assert 3 <= max(seen) <= 6
+    assert np.array_equal(edit(server, prompt), undisturbed[1])
+
+
+# -- repetition -------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_prompt_draws_the_same_pixels(server, undisturbed):
+    prompt = word_swap()
+    other = edit(server, word_swap(seed=4))
+    assert not np.array_equal(other, undisturbed[1])
+    prompt[workflow.find(prompt, RESULT)]["inputs"]["filename_prefix"] = "attune/again"
+    entry = server.run(prompt)
+    ran_again = {workflow.find(prompt, INVERSION), workflow.find(prompt, SWAP), workflow.find(prompt, SAMPLER)}
+    assert not ran_again & was_cached(entry)
+    assert np.array_equal(workflow.pixels(server, workflow.saved(prompt, entry)[RESULT]), undisturbed[1])
+
+
+def test_a_changed_edit_reuses_the_inversion(server, undisturbed):
+    edit(server, word_swap())
+    prompt = word_swap()
+    prompt[workflow.find(prompt, SWAP)]["inputs"]["self_end"] = 0.0
+    entry = server.run(prompt)
+    assert workflow.find(prompt, INVERSION) in was_cached(entry)
+    assert not np.array_equal(workflow.pixels(server, workflow.saved(prompt, entry)[RESULT]), undisturbed[1])
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_twenty_runs_take_no_more_memory_than_three(server):
+    process, sizes = psutil.Process(server.process.pid), []
+    for run in range(20):
+        # A run that is not dropped keeps 4 MB of a picture of this size.
+        edit(server, word_swap(steps=4, seed=run, size=256))
+        sizes.append(process.memory_info().rss / 1e6)
+    assert sizes[-1] - sizes[2] < 40, f"MB after each run: {[round(size) for size in sizes]}"
