@@ -96,11 +96,26 @@ def test(rest):
             raise Stop(f"There is no test room {room!r}, only {', '.join(ROOMS)}. Arguments for pytest go after --.")
     rooms = [room for room in rooms or ROOMS if (ROOT / "tests" / room).is_dir()]
     chosen = tools(oldest="server" in rooms)
+    require(chosen, "pytest", "hypothesis", "psutil")
     return hand_over(chosen, ["-m", "pytest", *(f"tests/{room}" for room in rooms), *passed_on])
 
 
 def lint(rest):
-    return hand_over(tools(), ["-m", "ruff", "check", *rest, "."])
+    chosen = tools()
+    require(chosen, "ruff")
+    return hand_over(chosen, ["-m", "ruff", "check", *rest, "."])
+
+
+def require(chosen, *modules):
+    """A user's own Python may lack the development tools."""
+    code = "import importlib.util, sys; print(*(m for m in sys.argv[1:] if not importlib.util.find_spec(m)))"
+    command = [str(chosen.python), "-c", code, *modules]
+    missing = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.split()
+    if missing:
+        raise Stop(
+            f"{chosen.python} lacks {', '.join(missing)}, which this command needs; install them there, or unset "
+            "COMFYUI_PATH to use the environment that dev.py makes."
+        )
 
 
 def python(rest):

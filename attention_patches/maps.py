@@ -4,16 +4,12 @@ Maps are averaged over heads, layers and steps at one level of the UNet, as in P
 """
 
 import torch
-from torch.nn import functional as F
 
 from .values import attention_map
 
 
 class MapSum:
-    """Adds up cross-attention maps of the layers whose grid is nearest to ``tokens`` picture tokens, over one run.
-
-    Feed it every cross-attention call of the run; it keeps one sum (B, h, w, T) a grid.
-    """
+    """Adds up the cross-attention maps of a run: feed it every call; it keeps one sum (B, h, w, T) a grid."""
 
     def __init__(self):
         self.sums = {}
@@ -39,8 +35,3 @@ def stretch(maps):
     """Each of (B, h, w) scaled to 0..1 by its own least and greatest value; a flat map becomes 0."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return (maps - low) / (high - low).clamp(min=1e-8)
-
-
-def resize(maps, size):
-    """(B, h, w) to (B, *size), smoothly."""
-    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]

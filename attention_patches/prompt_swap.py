@@ -43,7 +43,4 @@ class PromptSwap(Controller):
         return QKV(source.q, source.k, own.v)
 
     def cross_map(self, place, own, references):
-        mapper = self.mapper.to(own)
-        carried = references[self.reference] @ mapper
-        # A chunk of text that only the target has no counterpart in the source: it keeps its own attention.
-        return own * (mapper.sum(0) == 0) + carried
+        return references[self.reference] @ self.mapper.to(own)

@@ -20,16 +20,20 @@ class QKV(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of the sampling, as shares of the steps: 0 is the noisy start, 1 the finished picture."""
+    """A stretch of the sampling, as shares of the steps: 0 is the noisy start, 1 the finished picture.
+
+    ``name`` is what the user knows it by. Raises ValueError for one that is reversed or reaches outside.
+    """
 
     start: float
     end: float
+    name: str = "The window"
 
     def __post_init__(self):
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(
-                f"The window {self.start:g} to {self.end:g} is not one: it needs 0 <= start <= end <= 1 "
-                "(start = end switches it off). Change the window on the Attune node."
+                f"{self.name} is {self.start:g} to {self.end:g}, but it needs 0 <= start <= end <= 1 (start = end "
+                "switches it off); change it on the Attune node."
             )
 
     def contains(self, step, steps):

@@ -67,28 +67,27 @@ def group_words(prompt, chunks):
     return Tokens(prompt, tuple(words), len(chunks))
 
 
-def swapped_words(source, target):
-    """The (source word, target word) pairs that differ, place by place.
-
-    Raises ValueError when the prompts have different numbers of words, since then words were added or taken away.
-    """
+def check_same_count(source, target):
+    """Raises ValueError when the prompts have different numbers of words: then words were added or taken away."""
     ours, theirs = [w.text for w in source.words], [w.text for w in target.words]
-    if len(ours) != len(theirs):
-        changes = []
-        for kind, a, b, c, d in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
-            if kind != "equal":
-                changes.append(f'"{" ".join(ours[a:b])}" -> "{" ".join(theirs[c:d])}"')
-        raise ValueError(
-            f"The source prompt has {len(ours)} words and the target prompt {len(theirs)} ({', '.join(changes)}), but "
-            "a word swap needs one word for each word; write as many words in both prompts of Attune Prompt Swap."
-        )
-    return [(a, b) for a, b in zip(source.words, target.words, strict=True) if a.text != b.text]
+    if len(ours) == len(theirs):
+        return
+    changes = [
+        f'"{" ".join(ours[a:b])}" -> "{" ".join(theirs[c:d])}"'
+        for kind, a, b, c, d in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes()
+        if kind != "equal"
+    ]
+    raise ValueError(
+        f"The source prompt has {len(ours)} words and the target prompt {len(theirs)} ({', '.join(changes)}), but a "
+        "word swap needs one word for each word; write as many words in both prompts of Attune Prompt Swap."
+    )
 
 
-def _frame(tokens, chunk):
-    """Positions of a chunk's end and padding."""
+def _frame(tokens, chunk, chunks):
+    """Positions of a chunk's end and padding; the last of ``chunks`` takes in the frames of all that follow it."""
+    last = tokens.chunks if chunk == chunks - 1 else chunk + 1
     taken = {p for w in tokens.words for p in w.positions}
-    return [p for p in range(CHUNK * chunk + 1, CHUNK * (chunk + 1)) if p not in taken]
+    return [p for p in range(CHUNK * chunk + 1, CHUNK * last) if p not in taken]
 
 
 def _share(mapper, ours, theirs):
@@ -109,11 +108,11 @@ def swap_map(source, target):
     Words stand for words in order. A swapped word with another number of tokens spreads its attention: every source
     token gives 1/n to each of the target word's n tokens, so the word's attention stays what it was. The reference
     code counts all that follows such a word from the wrong place; this map does not. Start, end and padding stand
-    for themselves, chunk by chunk; columns of chunks that only the target has stay empty.
+    for themselves, chunk by chunk; where one prompt has more chunks, its last ones share with the other's last.
 
     Raises ValueError when the numbers of words differ.
     """
-    swapped_words(source, target)
+    check_same_count(source, target)
     mapper = torch.zeros(source.length, target.length)
     for ours, theirs in zip(source.words, target.words, strict=True):
         if len(ours.positions) == len(theirs.positions):
@@ -121,7 +120,8 @@ def swap_map(source, target):
         else:
             for s in ours.positions:
                 mapper[s, list(theirs.positions)] = 1 / len(theirs.positions)
-    for chunk in range(min(source.chunks, target.chunks)):
+    chunks = min(source.chunks, target.chunks)
+    for chunk in range(chunks):
         mapper[CHUNK * chunk, CHUNK * chunk] = 1
-        _share(mapper, _frame(source, chunk), _frame(target, chunk))
+        _share(mapper, _frame(source, chunk, chunks), _frame(target, chunk, chunks))
     return mapper

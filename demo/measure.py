@@ -82,7 +82,7 @@ class Bench:
 def save(name, pictures, columns=8):
     """Pictures (B, H, W, 3) as one sheet."""
     tiles = [sheet.to_pil(p) for p in pictures]
-    sheet._rows(tiles, columns).save(RUN / name)
+    sheet.rows_of(tiles, columns).save(RUN / name)
 
 
 def measure_checker(bench):

@@ -105,6 +105,13 @@ def token_ids(words):
 # ---- for use -----------------------------------------------------------------------------------------------------
 
 
+def _unreadable(path, problem):
+    return ValueError(
+        f"The demo weights {path.name} cannot be read ({problem}); install the Attune pack again to get the file that "
+        "Attune Demo Checkpoint needs."
+    )
+
+
 def read_weights(path=WEIGHTS):
     """The file's tensors in three dictionaries: "unet", "text", "autoencoder", with prefixes taken off.
 
@@ -118,10 +125,7 @@ def read_weights(path=WEIGHTS):
                 parts[part][name] = file.get_tensor(key)
         parts["text"]["token_ids"], parts["unet"]["out.2.weight"], parts["autoencoder"]["mean"]
     except (OSError, SafetensorError, KeyError, ValueError) as problem:
-        raise ValueError(
-            f"The demo weights {path.name} cannot be read ({problem}); install the Attune pack again to get the file "
-            "that Attune Demo Checkpoint needs."
-        ) from problem
+        raise _unreadable(path, str(problem).splitlines()[0]) from problem
     return parts
 
 
@@ -156,9 +160,7 @@ def load_clip(weights):
         state[f"text_model.{where}{name}"] = tensor
     missing, unexpected = clip.load_sd(state)
     if missing or unexpected:
-        raise ValueError(
-            f"The demo weights do not fit the text encoder ({missing or unexpected}); install the pack again."
-        )
+        raise KeyError(*missing, *unexpected)
     return clip
 
 
@@ -180,4 +182,7 @@ def _copy(params):
 def load_demo(path=WEIGHTS):
     """MODEL, CLIP and VAE of the demo model. Raises ValueError when the file is missing or damaged."""
     weights = read_weights(path)
-    return load_model(weights["unet"]), load_clip(weights["text"]), load_vae(weights["autoencoder"])
+    try:
+        return load_model(weights["unet"]), load_clip(weights["text"]), load_vae(weights["autoencoder"])
+    except (RuntimeError, ValueError, KeyError) as problem:
+        raise _unreadable(path, "its tensors are not this version's") from problem

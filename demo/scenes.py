@@ -335,7 +335,7 @@ def random_scene(rng, objects=None):
 def scene_from_caption(text, rng):
     """A scene that a caption of this world describes; what it leaves open is drawn by lot.
 
-    Raises ValueError for a caption with words from outside the world, or without one or two objects.
+    Raises ValueError for a caption with words from outside the world, or that no scene can show.
     """
     words = text.lower().replace(",", " ").replace(".", " ").split()
     unknown = [w for w in words if w not in WORDS]
@@ -345,28 +345,38 @@ def scene_from_caption(text, rng):
             "Change the caption of Attune Demo Scene."
         )
     scenery = words.index("on") if "on" in words else len(words)
-    kinds, color, pattern = [], None, "plain"
+    kinds, sizes, color, pattern, size = [], [], None, "plain", ""
     for word in words[:scenery]:
-        color = word if word in COLORS else color
+        color = word if word in ANCHORS else color
         pattern = word if word in PATTERNS else pattern
+        size = word if word in ("big", "small") else size
         if word in SHAPES:
             kinds.append((word, color, pattern))
-            color, pattern = None, "plain"
-    if len(kinds) not in (1, 2):
-        raise ValueError(
-            f'The caption "{text}" names {len(kinds)} objects, but a scene holds one or two; name shapes such as '
-            '"a red circle and a blue square" in Attune Demo Scene.'
-        )
+            sizes.append(size)
+            color, pattern, size = None, "plain", ""
     used = {c for _, c, _ in kinds}
     background = next((w for w in words[scenery:] if w in BACKGROUNDS), None)
+    apart = next(({"left": 1, "right": -1}[w] for w in words[:scenery] if w in ("left", "right")), 0)
+    problem = ""
+    if len(kinds) not in (1, 2):
+        problem = f"names {len(kinds)} objects, but a scene holds one or two shapes"
+    elif used & {"gray", "pink"}:
+        problem = "asks for a gray or pink object, but those are colours of backgrounds only"
+    elif background in used:
+        problem = f"asks for a {background} object on a {background} background, where it would not be seen"
+    elif apart and len(kinds) == 1:
+        problem = "says left of or right of, but names one object"
+    elif "big" in sizes and len(kinds) == 2:
+        problem = "asks for a big object beside another, but only one alone has the room"
+    if problem:
+        raise ValueError(f'The caption "{text}" {problem}; change the caption of Attune Demo Scene.')
     background = background or str(rng.choice([b for b in BACKGROUNDS if b not in used]))
     free = [c for c in rng.permutation(COLORS) if c not in used and c != background]
     kinds = [(shape, c or str(free.pop()), pattern) for shape, c, pattern in kinds]
-    side = {"left": 1, "right": -1}
-    apart = next((side[w] for w in words[:scenery] if w in side), 0)
     while True:
         drawn = _compose(kinds, background, rng)
-        if not apart or (drawn.things[1].x - drawn.things[0].x) * apart > 0.2:
+        fits = all(s in ("", _size_word(t)) for s, t in zip(sizes, drawn.things, strict=True))
+        if fits and (not apart or (drawn.things[1].x - drawn.things[0].x) * apart > 0.2):
             return drawn
 
 

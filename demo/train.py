@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from . import scenes
+from . import checker, scenes
 from .autoencoder import LATENT_SCALE, Autoencoder
 from .model import build_unet, token_ids
 from .text import TEXT_WIDTH, TextEncoder
@@ -63,10 +64,10 @@ def cosine(done, flat=0.35):
 
 def train_autoencoder(args, decoder_only=False):
     path = RUN / "autoencoder.pt"
-    rng = np.random.default_rng(args.seed + int(time.time()) * decoder_only)
+    rng = np.random.default_rng([args.seed, decoder_only])
     net = Autoencoder().to(DEVICE)
     if path.exists():
-        net.load_state_dict(torch.load(path))
+        net.load_state_dict(torch.load(path, map_location=DEVICE))
     else:
         net.start_from_patches(to_tensor([p for p, _ in draw_batch(rng, 256)[1]]).to(DEVICE))
     trained = [p for n, p in net.named_parameters() if not decoder_only or n.startswith(("decoder", "linear_out"))]
@@ -130,8 +131,7 @@ class Chapter:
         self.latents = torch.cat(latents)
 
     def batch(self, rng, rows, size):
-        """Latents, masks, rows of the embedding table, and which column describes which object how strongly, (B, "
-        "2, 77)."""
+        """Latents, masks, rows of the embedding table, and (B, 2, 77) which column describes which object how much."""
         pick = rng.integers(len(self.scenes), size=size)
         tokens = torch.full((size, CONTEXT), rows[END])
         owners = torch.zeros(size, 2, CONTEXT)
@@ -218,9 +218,8 @@ def vocabulary():
 
 def train_unet(args):
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng([args.seed, int(time.time())])
     net = Autoencoder().to(DEVICE)
-    net.load_state_dict(torch.load(RUN / "autoencoder.pt"))
+    net.load_state_dict(torch.load(RUN / "autoencoder.pt", map_location=DEVICE))
     rows = vocabulary()
     rows |= {word: rows[i] for word, i in token_ids(scenes.WORDS).items()}
     model = Model().to(DEVICE)
@@ -233,11 +232,12 @@ def train_unet(args):
     )  # fmt: skip
     path, step, minutes = RUN / "unet.pt", 0, 0.0
     if path.exists():
-        state = torch.load(path)
+        state = torch.load(path, map_location=DEVICE)
         model.load_state_dict(state["model"])
         ema, step, minutes = state["ema"], state["step"], state["minutes"]
         if "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
+    rng = np.random.default_rng([args.seed, step])  # a resumed run draws other scenes
     bar = alphas_bar()
     weight_t = torch.minimum(bar / (1 - bar), torch.tensor(5.0, device=DEVICE)) / (bar / (1 - bar))
     chapter, begin, first, mean = None, time.time(), step, None
@@ -282,7 +282,35 @@ def train_unet(args):
             log.info("step %d, %d%%: loss %.4f, outside %.3f, %.2f s a step", step, 100 * done, mean, loss_map, pace)
         if step % 500 == 0:
             save()
+        if step % args.sheet_steps == 0:
+            draw_sheet(ema, net, rows, bar, step)
     save()
+    draw_sheet(ema, net, rows, bar, step)
+
+
+@torch.no_grad()
+def draw_sheet(weights, net, rows, bar, step, count=16, guidance=5.0):
+    """Draws held-out captions with 25 DDIM steps, saves the pictures and logs what the checker sees in them."""
+    model = Model().to(DEVICE).eval()
+    model.load_state_dict(weights)
+    rng, generator = np.random.default_rng(2), torch.Generator().manual_seed(2)
+    asked = [scenes.draw_scene(rng, held_out=True) for _ in range(count)]
+    tokens = torch.full((2 * count, CONTEXT), rows[END])
+    tokens[:, 0] = rows[START]
+    for row, scene in enumerate(asked):
+        for column, (word, _) in enumerate(scenes.caption_words(scene), 1):
+            tokens[row, column] = rows[word]
+    x = torch.randn(count, 4, SIDE, SIDE, generator=generator).to(DEVICE)
+    for t in range(961, 0, -40):
+        a, b = bar[t], bar[max(0, t - 40)]
+        times = torch.full((2 * count,), float(t), device=DEVICE)
+        eps = model(x.repeat(2, 1, 1, 1), times, tokens.to(DEVICE), MapCollector())
+        eps = eps[count:] + guidance * (eps[:count] - eps[count:])
+        x = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
+    pictures = net.decode(x / LATENT_SCALE).movedim(1, -1).clamp(-1, 1).cpu().numpy() * 0.5 + 0.5
+    marks = [checker.grade(p, s) for p, s in zip(pictures, asked, strict=True)]
+    log.info("step %d shows %s", step, {k: float(np.mean([m[k] for m in marks])) for k in marks[0]})
+    save_sheet(RUN / f"step_{step:06d}.png", pictures, 8)
 
 
 def export(args):
@@ -296,7 +324,8 @@ def export(args):
     tensors["text.token_ids"] = torch.tensor([-1 if i is None else i for i in rows], dtype=torch.int32)
     card = HERE / "weights" / "quality.json"
     about = {
-        "command": args.made_by, "seed": str(args.seed), "steps": str(state["step"]),
+        "command": args.made_by or "dev.py train " + " ".join(sys.argv[1:]),
+        "seed": str(args.seed), "steps": str(state["step"]),
         "minutes": f"{state['minutes']:.0f}", "host": "ComfyUI 0.3.75, torch " + torch.__version__,
         "attention": "supervised: a loss keeps the cross-attention of nouns and adjectives on their objects",
         "quality": card.read_text() if card.exists() else "not measured yet",
@@ -321,7 +350,8 @@ def main():
     parser.add_argument("--offset", type=float, default=0.1, help="offset noise after the first steps")
     parser.add_argument("--attention", type=float, default=0.02, help="weight of the attention loss")
     parser.add_argument("--ema", type=float, default=0.998)
-    parser.add_argument("--made-by", default="dev.py train autoencoder, unet, export")
+    parser.add_argument("--sheet-steps", type=int, default=1000, help="steps between sample sheets")
+    parser.add_argument("--made-by", help="the commands that made the weights, for the file's metadata")
     args = parser.parse_args()
     RUN.mkdir(exist_ok=True)
     handlers = [logging.StreamHandler(), logging.FileHandler(RUN / "train.log")]

@@ -12,6 +12,9 @@ import torch
 
 from .ddim import papers_sigmas
 
+# Where packs hang functions that bend the prediction after the model has spoken.
+GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
+
 HOST_GRID = "host (ends at t = 1)"
 PAPERS_GRID = "papers (ends at t = 0)"
 
@@ -30,14 +33,18 @@ def lowest_sigma(model):
 
 def describe_model(model):
     """What tells one MODEL from another, as plain values: its family, formats, and a few of its weights."""
-    inner = model.model
-    unet = inner.diffusion_model
-    biases = [p for n, p in unet.named_parameters() if n.endswith("bias") and p.ndim == 1]
-    probe = [float(b.detach().flatten()[0].float().cpu()) for b in biases[:: max(1, len(biases) // 24)]]
+    inner, sampling = model.model, model.get_model_object("model_sampling")
+    biases = [(n, p) for n, p in inner.diffusion_model.named_parameters() if n.endswith("bias") and p.ndim == 1]
+    probe = []
+    for name, weight in biases[:: max(1, len(biases) // 24)]:
+        # While a model is loaded its weights may hold a LoRA or a merge; the host keeps what they were.
+        kept = model.backup.get("diffusion_model." + name)
+        weight = weight if kept is None else kept.weight
+        probe.append(float(weight.detach().flatten()[0].float().cpu()))
     return {
-        "family": f"{type(inner.model_config).__name__} ({type(unet).__name__})",
+        "family": f"{type(inner.model_config).__name__} ({type(inner.diffusion_model).__name__})",
         "latent_format": type(inner.latent_format).__name__,
-        "prediction": inner.model_type.name,
+        "prediction": next(c.__name__ for c in type(sampling).__mro__ if not c.__name__.startswith("ModelSampling")),
         "weights": probe,
     }
 
@@ -68,9 +75,11 @@ def walk(model, conditioning, latent, sigmas, body):
     """Runs ``body(denoise, latent, report)`` on a loaded model, at guidance 1 under ``conditioning``.
 
     ``latent`` (B, C, h, w) is in the host's scale and reaches ``body`` in the model's own; whatever ``body`` returns
-    is returned. Shows progress and previews, and stops within one evaluation of Cancel.
+    is returned. Guidance that other packs put on MODEL is left out. Shows progress and previews, and stops within
+    one evaluation of Cancel.
     """
     guider = comfy.samplers.CFGGuider(model)
+    guider.model_options = {k: v for k, v in model.model_options.items() if k not in GUIDANCE}
     guider.inner_set_conds({"positive": conditioning})
     sampler = _Walk(body)
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)

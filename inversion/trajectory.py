@@ -10,18 +10,14 @@ class Trajectory:
     """``sigmas`` (S+1,) run from noise to picture; ``latents`` (S+1, B, C, h, w) are fp32 on the CPU, in the model's
     own scale (the host's latent times the format's factor), where x = x0 + sigma * eps.
 
-    ``conditioning`` is the stock list the run was made with. ``header`` says what made it: model (see
-    :func:`host.describe_model`), latent format, prediction, method, options.
+    ``steps`` is the number of steps as the method's paper counts them: S, or S + 1 on a grid that ends in a step onto
+    itself. ``header`` says what made it: model (see :func:`host.describe_model`), method, options.
     """
 
     sigmas: torch.Tensor
     latents: torch.Tensor
-    conditioning: list
+    steps: int
     header: dict = field(default_factory=dict)
-
-    @property
-    def steps(self):
-        return len(self.sigmas) - 1
 
     @property
     def noise(self):
@@ -38,8 +34,7 @@ def check_same_model(trajectory, header):
         if trajectory.header[key] != header[key]:
             raise ValueError(
                 f"The TRAJECTORY was made with {what} {trajectory.header[key]}, but the MODEL is {header[key]}; "
-                f"invert the "
-                "picture again with the MODEL that is connected here, or connect the one it was made with."
+                "invert the picture again with the MODEL that is connected here, or connect the one it was made with."
             )
     ours, theirs = torch.tensor(trajectory.header["weights"]), torch.tensor(header["weights"])
     # Loose enough for one checkpoint in two precisions, tight enough to tell two checkpoints apart.

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..attention_patches import host
 from ..attention_patches.prompt_swap import PromptSwap
+from ..attention_patches.reference import Reference
 from ..attention_patches.values import Window
 from ..attention_patches.words import swap_map
 from ..inversion.host import describe_model
@@ -43,7 +44,12 @@ class AttunePromptSwap(io.ComfyNode):
                     default="a blue circle on a gray background",
                     tooltip="The same caption with words exchanged, as many words as before.",
                 ),
-                share("cross_start", 0.0, "Share of the steps after which words look where the source's words looked."),
+                share(
+                    "cross_start",
+                    0.0,
+                    "Share of the trajectory's steps after which words look where the source's words looked. Start and "
+                    "end equal switch this part off.",
+                ),
                 share(
                     "cross_end",
                     0.8,
@@ -98,12 +104,12 @@ class AttunePromptSwap(io.ComfyNode):
             prompt=target_prompt,
             tokens=target.length,
             mapper=swap_map(source, target),
-            cross=Window(cross_start, cross_end),
-            self_=Window(self_start, self_end),
+            cross=Window(cross_start, cross_end, "cross_start to cross_end"),
+            self_=Window(self_start, self_end, "self_start to self_end"),
             token_limit=token_limit,
         )
         conditioning = host.encode(clip, source_prompt)
-        reference = host.Reference("source", trajectory.sigmas, trajectory.latents, conditioning)
+        reference = Reference("source", trajectory.sigmas, trajectory.latents, conditioning, trajectory.steps)
         return io.NodeOutput(host.install(model, [reference], [controller]), host.encode(clip, target_prompt))
 
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..attention_patches.host import check_unet
+from ..attention_patches.host import check_plain
 from ..inversion import ddim, host
 from ..inversion.trajectory import Trajectory
 from . import schema
@@ -36,8 +36,11 @@ class AttuneDDIMInversion(io.ComfyNode):
                     "steps",
                     default=50,
                     min=2,
-                    max=1000,
-                    tooltip="How many steps to walk. More bring the picture back more faithfully and take longer.",
+                    max=500,
+                    tooltip=(
+                        "How many steps to walk. More bring the picture back more faithfully and take longer. Where "
+                        "1000 is not a multiple of it, ComfyUI's grid may have one more."
+                    ),
                 ),
                 io.Combo.Input(
                     "grid",
@@ -79,7 +82,7 @@ class AttuneDDIMInversion(io.ComfyNode):
     def execute(cls, model, latent, conditioning, steps, grid, epsilon):
         schema.check_choice(grid, GRIDS, "The grid", "Attune DDIM Inversion")
         schema.check_choice(epsilon, LEVELS, "Epsilon", "Attune DDIM Inversion")
-        check_unet(model)
+        check_plain(model)
         picture = latent["samples"]
         host.check_latent(model, picture)
         sigmas = host.schedule(model, steps, grid)
@@ -90,7 +93,9 @@ class AttuneDDIMInversion(io.ComfyNode):
 
         path = host.walk(model, conditioning, picture, sigmas, body).cpu()
         header = {**host.describe_model(model), "method": "ddim", "grid": grid, "epsilon": epsilon}
-        trajectory = Trajectory(sigmas, path, conditioning, header)
+        # The papers' own grid has a last step onto itself, which is left out of the walk but counts.
+        counted = len(sigmas) if grid == host.PAPERS_GRID else len(sigmas) - 1
+        trajectory = Trajectory(sigmas, path, counted, header)
         noise = {**latent, "samples": host.to_host_scale(model, trajectory.noise)}
         # A mask in the latent would keep the sampler from drawing there, on the way back too.
         noise.pop("noise_mask", None)

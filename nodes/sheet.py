@@ -30,7 +30,7 @@ def _labelled(picture, text, size):
     return tile
 
 
-def _rows(tiles, columns):
+def rows_of(tiles, columns):
     """Tiles in rows from left to right, on one sheet."""
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     width = max(sum(t.width + GAP for t in row) for row in rows) + GAP
@@ -57,7 +57,7 @@ def contact_sheet(pictures, labels, height, wide=None):
     """
     labels = labels + [""] * (len(pictures) + 1)
     tiles = [_labelled(_scaled(to_pil(p), height), labels[i], max(12, height // 14)) for i, p in enumerate(pictures)]
-    top = _rows(tiles, len(tiles))
+    top = rows_of(tiles, len(tiles))
     if wide is None:
         return from_pil(top)
     below = to_pil(wide[0])
@@ -80,5 +80,5 @@ def map_sheet(maps, labels, side=128, columns=8):
                 (round(side * heat.shape[2] / heat.shape[1]), side), Image.Resampling.BICUBIC
             )
             tiles.append(_labelled(tile, label, max(12, side // 8)))
-        sheets.append(from_pil(_rows(tiles, min(columns, len(tiles)))))
+        sheets.append(from_pil(rows_of(tiles, min(columns, len(tiles)))))
     return torch.cat(sheets)

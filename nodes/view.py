@@ -29,6 +29,11 @@ class AttuneAttentionMaps(io.ComfyNode):
                     default="a red circle on a gray background",
                     tooltip="The words to look for. Words that the picture does not show still get a map.",
                 ),
+                io.String.Input(
+                    "words",
+                    default="",
+                    tooltip="Which words to show, with commas between; empty shows every word of the prompt.",
+                ),
                 io.Int.Input(
                     "tokens",
                     default=256,
@@ -56,11 +61,13 @@ class AttuneAttentionMaps(io.ComfyNode):
         return schema.searchable(node, "cross-attention map", "heat map", "daam", "token map", "visualize attention")
 
     @classmethod
-    def execute(cls, model, clip, trajectory, prompt, tokens, every):
-        host.check_unet(model)
+    def execute(cls, model, clip, trajectory, prompt, words, tokens, every):
+        host.check_plain(model)
         check_same_model(trajectory, runs.describe_model(model))
-        words = host.read_words(clip, prompt).words
-        if not words:
+        read = host.read_words(clip, prompt)
+        chosen = [w.strip() for w in words.split(",") if w.strip()]
+        shown = [(w, p) for w in chosen for p in read.find(w)] or [(w.text, w.positions) for w in read.words]
+        if not shown:
             raise ValueError("The prompt is empty, but a map belongs to a word; write one in Attune Attention Maps.")
         gathered = maps.MapSum()
 
@@ -69,15 +76,15 @@ class AttuneAttentionMaps(io.ComfyNode):
                 gathered.add(place, own, heads)
 
         def body(denoise, start, report):
-            for i in range(0, trajectory.steps, every):
+            for i in range(0, len(trajectory.sigmas) - 1, every):
                 x = trajectory.latents[i].to(start)
                 report(i, denoise(x, float(trajectory.sigmas[i])), x)
 
         picture = runs.to_host_scale(model, trajectory.latents[-1])
         runs.walk(host.recording(model, receive), host.encode(clip, prompt), picture, trajectory.sigmas, body)
         level = gathered.nearest(tokens)
-        pictures = [maps.stretch(maps.word_map(level, w.positions)) for w in words]
-        return io.NodeOutput(sheet.map_sheet(pictures, [w.text for w in words]))
+        pictures = [maps.stretch(maps.word_map(level, positions)) for _, positions in shown]
+        return io.NodeOutput(sheet.map_sheet(pictures, [word for word, _ in shown]))
 
 
 class AttuneContactSheet(io.ComfyNode):
@@ -93,7 +100,11 @@ class AttuneContactSheet(io.ComfyNode):
                 io.Image.Input("image_2", optional=True, tooltip="The second picture."),
                 io.Image.Input("image_3", optional=True, tooltip="The third picture."),
                 io.Image.Input("image_4", optional=True, tooltip="The fourth picture."),
-                io.Image.Input("wide", optional=True, tooltip="A picture to put below, across the whole width."),
+                io.Image.Input(
+                    "wide",
+                    optional=True,
+                    tooltip="A picture to put below, across the whole width; of a batch, the first.",
+                ),
                 io.String.Input(
                     "labels",
                     multiline=True,

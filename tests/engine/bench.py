@@ -51,7 +51,7 @@ class Bench:
             callback=lambda step, x0, x, total: path.append(x.clone()),
         )  # fmt: skip
         path.append(runs.to_model_scale(self.model, end))
-        return Trajectory(self.sigmas, torch.stack(path).cpu(), self.text(prompt), runs.describe_model(self.model))
+        return Trajectory(self.sigmas, torch.stack(path).cpu(), STEPS, runs.describe_model(self.model))
 
     def sample(self, model, positive, latent=None, sampler="euler", guidance=None, negative=None, sigmas=None, seed=0):
         """The latent that a stock SamplerCustom draws from the trajectory's noise."""

@@ -3,6 +3,8 @@
 import comfy.controlnet
 import comfy.model_management
 import comfy.t2i_adapter.adapter
+import comfy_extras.nodes_custom_sampler as custom
+import comfy_extras.nodes_easycache as easycache
 import comfy_extras.nodes_pag as pag
 import pytest
 import torch
@@ -10,7 +12,7 @@ from comfy.model_management import InterruptProcessingException
 
 import nodes as stock
 
-from .bench import METHODS, SOURCE, Bench, apply_ip_adapter, outputs
+from .bench import METHODS, SOURCE, STEPS, Bench, apply_ip_adapter, outputs
 
 pytestmark = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 OTHER = "a green star on a white background"
@@ -182,6 +184,36 @@ def test_a_combined_positive(method, bench):
     assert torch.equal(bench.sample(off, combined), bench.sample(bench.model, combined))
     assert differ(bench.sample(on, combined), bench.sample(bench.model, combined)) > 0.05
     assert differ(bench.sample(on, combined), bench.sample(on, bench.text(OTHER) + positive)) < 1e-3
+
+
+def test_a_negative_made_from_the_positive(method, bench):
+    """Zeroing out keeps the positive's tag, but what is negative is not edited."""
+    on, positive = method(bench, 1)
+    zeroed = outputs(stock.ConditioningZeroOut, positive)[0]
+    bare = [[zeroed[0][0], {k: v for k, v in zeroed[0][1].items() if k == "pooled_output"}]]
+    assert torch.equal(bench.sample(on, positive, negative=zeroed), bench.sample(on, positive, negative=bare))
+
+
+def test_a_step_cache_beside_it(method, bench):
+    """EasyCache skips passes that change little; the source's must never be skipped."""
+    on, positive = method(bench, 1)
+    cached = outputs(easycache.EasyCacheNode, on, 10.0, 0.2, 0.9, False)[0]
+    edited = bench.sample(cached, positive)
+    assert edited.isfinite().all() and edited.shape == bench.noise["samples"].shape
+
+
+def test_every_stock_sampler_node(method, bench):
+    on, positive = method(bench, 1)
+    reference = bench.sample(on, positive)
+    empty, noise = bench.text(""), bench.noise
+    advanced = outputs(
+        stock.KSamplerAdvanced, on, "disable", 0, STEPS, bench.guidance, "euler", "ddim_uniform", positive, empty,
+        noise, 0, 10000, "disable",
+    )[0]["samples"]  # fmt: skip
+    guider = outputs(custom.CFGGuider, on, positive, empty, bench.guidance)[0]
+    quiet, euler = outputs(custom.DisableNoise)[0], outputs(custom.KSamplerSelect, "euler")[0]
+    by_guider = outputs(custom.SamplerCustomAdvanced, quiet, guider, euler, bench.sigmas, noise)[0]["samples"]
+    assert differ(advanced, reference) < 1e-3 and differ(by_guider, reference) < 1e-3
 
 
 def test_a_longer_negative(method, bench):

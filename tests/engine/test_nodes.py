@@ -2,6 +2,7 @@
 
 import re
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
 import comfy_extras.nodes_model_advanced as advanced
@@ -82,7 +83,7 @@ def test_a_lora_like_patch_on_the_demo_model(bench):
     assert torch.equal(bench.model.model.diffusion_model.out[2].weight, before)
 
 
-@pytest.mark.parametrize("damage", ["short", "text", "missing", "wrong keys"])
+@pytest.mark.parametrize("damage", ["short", "text", "missing", "wrong keys", "wrong shapes"])
 def test_damaged_weights_are_named(tmp_path, damage):
     path = tmp_path / "attune_demo.safetensors"
     if damage == "short":
@@ -93,6 +94,10 @@ def test_damaged_weights_are_named(tmp_path, damage):
         from safetensors.torch import save_file
 
         save_file({"unet.x": torch.zeros(1)}, path)
+    elif damage == "wrong shapes":
+        from safetensors.torch import load_file, save_file
+
+        save_file({k: v[:1] for k, v in load_file(demo_model.WEIGHTS).items()}, path)
     with pytest.raises(
         ValueError, match="demo weights attune_demo.safetensors cannot be read .* Attune Demo Checkpoint"
     ):
@@ -127,9 +132,9 @@ def test_inversion_is_finite_and_exact_at_the_grid(bench, picture, grid, level):
 
 
 def patches_reference(trajectory):
-    from attune.attention_patches.host import Reference
+    from attune.attention_patches.reference import Reference
 
-    return Reference("source", trajectory.sigmas, trajectory.latents, [])
+    return Reference("source", trajectory.sigmas, trajectory.latents, [], trajectory.steps)
 
 
 def test_host_grid_is_the_hosts(bench):
@@ -180,8 +185,10 @@ def test_inversion_matches_the_papers_step(bench, picture):
 def test_maps_find_the_objects(bench, picture):
     latent = outputs(stock.VAEEncode, bench.vae, picture[0])[0]
     trajectory, _, _ = invert(bench, latent, steps=10)
-    sheet = outputs(AttuneAttentionMaps, bench.model, bench.clip, trajectory, SOURCE, 256, 2)[0]
+    sheet = outputs(AttuneAttentionMaps, bench.model, bench.clip, trajectory, SOURCE, "", 256, 2)[0]
     assert sheet.shape[0] == 1 and sheet.shape[-1] == 3 and float(sheet.std()) > 0.05
+    one = outputs(AttuneAttentionMaps, bench.model, bench.clip, trajectory, SOURCE, "red, a", 256, 2)[0]
+    assert one.shape[2] < sheet.shape[2]  # "red" once and "a" three times
     assert not [k for k in bench.model.wrappers if k]
 
 
@@ -225,7 +232,7 @@ def test_prompts_of_different_length(bench):
 def test_reversed_and_negative_windows(bench, windows):
     with pytest.raises(ValueError) as error:
         swap(bench, windows=windows)
-    one_sentence(error, "0 <= start <= end <= 1")
+    one_sentence(error, "(cross|self)_start to (cross|self)_end is", "0 <= start <= end <= 1", "Attune node")
 
 
 def test_a_trajectory_of_another_model(bench):
@@ -237,14 +244,27 @@ def test_a_trajectory_of_another_model(bench):
         swap(bench, model=other)
     one_sentence(error, "another checkpoint", "invert the picture again")
     with pytest.raises(ValueError, match="another checkpoint"):
-        outputs(AttuneAttentionMaps, other, bench.clip, bench.trajectory, SOURCE, 256, 5)
+        outputs(AttuneAttentionMaps, other, bench.clip, bench.trajectory, SOURCE, "", 256, 5)
 
 
 def test_a_trajectory_of_another_prediction_type(bench):
     other = outputs(advanced.ModelSamplingDiscrete, bench.model, "v_prediction", False)[0]
-    # The stock node keeps the model's own type; what counts is that sampling it is refused or right, never silent.
-    model, positive = swap(bench, model=other)
-    assert bench.sample(model, positive).isfinite().all()
+    with pytest.raises(ValueError) as error:
+        swap(bench, model=other)
+    one_sentence(error, "prediction type EPS, but the MODEL is V_PREDICTION")
+
+
+def test_a_model_is_itself_whatever_is_loaded(bench):
+    """A LoRA or merge that changes the probed weights is in them while loaded, and out of them after."""
+    patched = bench.model.clone()
+    biases = [n for n, p in bench.model.model.named_parameters() if n.endswith("bias") and p.ndim == 1]
+    weights = dict(bench.model.model.named_parameters())
+    patched.add_patches({n: (torch.ones_like(weights[n]),) for n in biases}, 1.0)
+    latent = {"samples": torch.randn(1, 4, 16, 16)}
+    trajectory = invert(bench, latent, model=patched)[0]
+    comfy.model_management.unload_all_models()
+    swap(bench, model=patched, trajectory=trajectory)
+    assert trajectory.header["weights"] == runs.describe_model(bench.model)["weights"]
 
 
 def test_a_start_of_another_size_count_or_noise(bench):
@@ -279,15 +299,34 @@ def test_a_lengthened_positive_and_an_area(bench):
     area = outputs(stock.ConditioningSetArea, positive, 64, 64, 0, 0, 1.0)[0]
     with pytest.raises(ValueError) as error:
         bench.sample(model, area)
-    one_sentence(error, "Set Mask")
+    one_sentence(error, "Set Mask", "set_cond_area")
+    with pytest.raises(ValueError, match="set to an area"):
+        elsewhere = outputs(stock.ConditioningSetArea, bench.text(""), 64, 64, 0, 0, 1.0)[0]
+        bench.sample(model, positive, negative=elsewhere)
 
 
 def test_two_sources_on_one_model(bench):
     model, _ = swap(bench)
-    other = Bench(batch=1)
+    other = Bench()
+    swap(bench, model=model, trajectory=other.trajectory)  # the same run made twice is the same
+    other.noise["samples"] = other.noise["samples"].flip(-1)
+    for trajectory, source in ((other.record(SOURCE, 1.0), SOURCE), (bench.trajectory, TARGET)):
+        with pytest.raises(ValueError) as error:
+            swap(bench, model=model, trajectory=trajectory, source=source)
+        one_sentence(error, "same TRAJECTORY and source prompt")
+
+
+def test_looking_through_an_edit(bench):
+    model, _ = swap(bench)
     with pytest.raises(ValueError) as error:
-        swap(bench, model=model, trajectory=other.trajectory)
-    one_sentence(error, "share one")
+        invert(bench, {"samples": torch.zeros(1, 4, 16, 16)}, model=model)
+    one_sentence(error, "MODEL from before the edit")
+
+
+def test_a_word_that_is_not_there(bench):
+    with pytest.raises(ValueError) as error:
+        outputs(AttuneAttentionMaps, bench.model, bench.clip, bench.trajectory, SOURCE, "red, zebra", 256, 5)
+    one_sentence(error, '"zebra" is not in the prompt', "Attune node")
 
 
 def test_an_empty_batch_and_a_wrong_latent(bench):
@@ -323,7 +362,7 @@ def test_a_transformer_model_is_refused(bench):
     for attempt in (
         lambda: swap(bench, model=model),
         lambda: invert(bench, {"samples": torch.zeros(1, 4, 16, 16)}, model=model),
-        lambda: outputs(AttuneAttentionMaps, model, bench.clip, bench.trajectory, SOURCE, 256, 5),
+        lambda: outputs(AttuneAttentionMaps, model, bench.clip, bench.trajectory, SOURCE, "", 256, 5),
     ):
         with pytest.raises(ValueError) as error:
             attempt()
@@ -332,5 +371,5 @@ def test_a_transformer_model_is_refused(bench):
 
 def test_an_empty_prompt_for_maps(bench):
     with pytest.raises(ValueError) as error:
-        outputs(AttuneAttentionMaps, bench.model, bench.clip, bench.trajectory, "  ", 256, 5)
+        outputs(AttuneAttentionMaps, bench.model, bench.clip, bench.trajectory, "  ", "", 256, 5)
     one_sentence(error, "prompt is empty")

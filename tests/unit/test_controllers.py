@@ -73,13 +73,6 @@ def test_swap_of_two_tokens_by_hand():
     assert torch.allclose(edited.flatten(), torch.tensor([0.3, 0.35, 0.35]))
 
 
-def test_columns_without_a_source_keep_their_own():
-    mapper = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    own, source = torch.tensor([0.4, 0.6]).view(1, 1, 1, 2), torch.tensor([0.9, 0.1]).view(1, 1, 1, 2)
-    edited = swap(mapper).cross_map(place("cross", 0), own, {"source": source})
-    assert torch.allclose(edited.flatten(), torch.tensor([0.9, 0.6]))
-
-
 def test_swap_puts_the_sources_map_on_the_targets_values():
     own, source = QKV(*torch.randn(3, 1, 4, 8)), QKV(*torch.randn(3, 1, 4, 8))
     edited = swap(torch.eye(77)).self_attention(place("self", 0), own, {"source": source})

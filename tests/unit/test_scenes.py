@@ -100,7 +100,15 @@ def test_caption_back_to_scene():
 
 @pytest.mark.parametrize(
     "text,word",
-    [("a red cat", "cat"), ("a red background", "0 objects"), ("a star and a star and a star", "3 objects")],
+    [
+        ("a red cat", "cat"),
+        ("a red background", "0 objects"),
+        ("a star and a star and a star", "3 objects"),
+        ("a pink star", "backgrounds only"),
+        ("a red star on a red background", "would not be seen"),
+        ("a star left of", "names one object"),
+        ("a big star and a red ring", "only one alone"),
+    ],
 )
 def test_captions_from_outside_are_refused(text, word):
     with pytest.raises(ValueError, match=word):

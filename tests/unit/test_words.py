@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attune.attention_patches.words import CHUNK, group_words, swap_map, swapped_words
+from attune.attention_patches.words import CHUNK, group_words, swap_map
 
 
 def tokens(*words):
@@ -36,14 +36,9 @@ def test_second_chunk_counts_on():
     assert read.length == 154
 
 
-def test_swapped_words_are_those_that_differ():
-    pairs = swapped_words(tokens("a", "red", "cat"), tokens("a", "blue", "dog"))
-    assert [(a.text, b.text) for a, b in pairs] == [("red", "blue"), ("cat", "dog")]
-
-
 def test_added_words_are_refused_by_name():
     with pytest.raises(ValueError, match='2 words and the target prompt 3 .*"" -> "red"'):
-        swapped_words(tokens("a", "cat"), tokens("a", "red", "cat"))
+        swap_map(tokens("a", "cat"), tokens("a", "red", "cat"))
 
 
 def test_equal_pieces_map_one_to_one():
@@ -88,11 +83,14 @@ def test_no_attention_is_lost_or_doubled(pairs):
         )
 
 
-def test_an_extra_chunk_keeps_its_own_attention():
+@pytest.mark.parametrize("longer", ["source", "target"])
+def test_one_prompt_in_more_chunks(longer):
     short = group_words("x", [["a</w>"] * 75])
     long = group_words("y", [["a</w>"] * 74 + ["b"], ["c</w>"]])
     assert len(short.words) == len(long.words)
-    mapper = swap_map(short, long)
-    assert mapper.shape == (77, 154)
-    assert mapper[75, [75, 78]].tolist() == [0.5, 0.5]
-    assert mapper[:, 79:].sum() == 0
+    mapper = swap_map(short, long) if longer == "target" else swap_map(long, short)
+    assert mapper.shape == ((77, 154) if longer == "target" else (154, 77))
+    assert torch.allclose(mapper.sum(1), torch.ones(len(mapper)))
+    assert (mapper.sum(0) > 0).all()
+    if longer == "target":
+        assert mapper[75, [75, 78]].tolist() == [0.5, 0.5]

@@ -1,0 +1,46 @@
+"""What rides on MODEL: known runs under a name, and the controllers that read them. Frozen values, torch only."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A known run that an edit reads, under a name.
+
+    ``sigmas`` (S+1,) from noise to picture, ``latents`` (S+1, B, C, h, w) in the model's own scale, ``conditioning``
+    the stock list under which its features are read.
+    """
+
+    name: str
+    sigmas: torch.Tensor
+    latents: torch.Tensor
+    conditioning: list
+
+    def step(self, sigma):
+        """The 0-based step that a sampler at ``sigma`` is in: the last grid point at or above it."""
+        return max(0, int((self.sigmas[:-1] >= sigma * (1 - 1e-4)).sum()) - 1)
+
+    def latent(self, sigma):
+        """The latent at ``sigma``; linear in sigma between grid points, which is the path that Euler's method took."""
+        i = self.step(sigma)
+        high, low = float(self.sigmas[i]), float(self.sigmas[i + 1])
+        share = min(1.0, max(0.0, (high - sigma) / (high - low)))
+        # On a grid point it must be the stored latent to the last bit.
+        return self.latents[i] if share < 1e-4 else torch.lerp(self.latents[i], self.latents[i + 1], share)
+
+
+@dataclass(frozen=True, eq=False)
+class Spec:
+    """All references and controllers on a MODEL. `clone()` deep-copies what it finds; this is immutable and stays."""
+
+    references: tuple = ()
+    controllers: tuple = ()
+
+    def __deepcopy__(self, memo):
+        return self
+
+    @property
+    def prompts(self):
+        return tuple(dict.fromkeys(c.prompt for c in self.controllers))
