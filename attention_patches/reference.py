@@ -10,13 +10,14 @@ class Reference:
     """A known run that an edit reads, under a name.
 
     ``sigmas`` (S+1,) from noise to picture, ``latents`` (S+1, B, C, h, w) in the model's own scale, ``conditioning``
-    the stock list under which its features are read.
+    the stock list under which its features are read. ``steps`` is how many steps windows count, as in a Trajectory.
     """
 
     name: str
     sigmas: torch.Tensor
     latents: torch.Tensor
     conditioning: list
+    steps: int
 
     def step(self, sigma):
         """The 0-based step that a sampler at ``sigma`` is in: the last grid point at or above it."""

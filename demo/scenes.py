@@ -354,7 +354,7 @@ def scene_from_caption(text, rng):
             kinds.append((word, color, pattern))
             sizes.append(size)
             color, pattern, size = None, "plain", ""
-    used = {c for _, c, _ in kinds}
+    used = {c for _, c, _ in kinds if c}
     background = next((w for w in words[scenery:] if w in BACKGROUNDS), None)
     apart = next(({"left": 1, "right": -1}[w] for w in words[:scenery] if w in ("left", "right")), 0)
     problem = ""

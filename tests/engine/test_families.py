@@ -1,0 +1,119 @@
+"""The UNets of SD 2.x and SDXL, small and random: other layers, other conditioning, the same promises."""
+
+import comfy.model_patcher
+import comfy.samplers
+import comfy.supported_models
+import pytest
+import torch
+
+from attune.attention_patches import host as patches
+from attune.attention_patches.prompt_swap import PromptSwap
+from attune.attention_patches.reference import Reference
+from attune.attention_patches.values import Window
+from attune.demo.model import _initialise
+from attune.inversion import host as runs
+
+CPU = torch.device("cpu")
+COMMON = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_heads": -1,
+    "num_head_channels": 32,
+    "use_spatial_transformer": True,
+    "context_dim": 48,
+    "use_linear_in_transformer": True,
+    "legacy": False,
+    "use_temporal_attention": False,
+}
+SDXL = COMMON | {
+    "num_res_blocks": [1, 1, 1],
+    "channel_mult": (1, 2, 2),
+    "transformer_depth": [0, 2, 3],
+    "transformer_depth_middle": 3,
+    "transformer_depth_output": [0, 0, 2, 2, 3, 3],
+    "adm_in_channels": 2816,
+    "num_classes": "sequential",
+}
+SD2 = COMMON | {
+    "num_res_blocks": [1, 1, 1, 1],
+    "channel_mult": (1, 1, 2, 2),
+    "transformer_depth": [1, 1, 1, 0],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0],
+    "adm_in_channels": None,
+}
+FAMILIES = {
+    "SDXL": (comfy.supported_models.SDXL, SDXL, 2 + 3 + 3 + 2 * 2 + 2 * 3),
+    "SD2": (comfy.supported_models.SD20, SD2, 3 + 1 + 6),
+}
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request):
+    kind, settings, layers = FAMILIES[request.param]
+    config = kind({})
+    config.unet_config = dict(settings)
+    config.set_inference_dtype(torch.float32, None)
+    torch.manual_seed(0)
+    model = config.get_model({"some": torch.zeros(1)}, device=CPU)
+    model.diffusion_model.apply(_initialise)
+    # A random network is no denoiser; a small last layer keeps its runs tame.
+    torch.nn.init.normal_(model.diffusion_model.out[2].weight, std=0.01)
+    return comfy.model_patcher.ModelPatcher(model, CPU, CPU), layers
+
+
+def conditioning(seed, prompt):
+    torch.manual_seed(seed)
+    return [[torch.randn(1, 77, 48), {"pooled_output": torch.randn(1, 1280), patches.PROMPT: prompt}]]
+
+
+def sample(model, positive, sigmas, start, guidance, path=None):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, conditioning(9, ""))
+    guider.set_cfg(guidance)
+
+    def keep(step, x0, x, total):
+        if path is not None:
+            path.append(x.clone())
+
+    sampler = comfy.samplers.sampler_object("euler")
+    end = guider.sample(torch.zeros_like(start), start, sampler, sigmas, callback=keep, disable_pbar=True, seed=0)
+    if path is not None:
+        path.append(runs.to_model_scale(model, end))
+    return end
+
+
+def test_word_swap(family):
+    model, layers = family
+    with torch.inference_mode():
+        assert len(list(patches._layers(model.model.diffusion_model))) == layers
+        sigmas = runs.schedule(model, 5, runs.HOST_GRID)
+        start = runs.to_host_scale(model, torch.randn(1, 4, 16, 12) * float(sigmas[0]))
+        source, target, path = conditioning(1, "source"), conditioning(2, "target"), []
+        alone = sample(model, source, sigmas, start, 1.0, path)
+        reference = Reference("source", sigmas, torch.stack(path), source, 5)
+
+        def edited(prompt, end=1.0):
+            window = Window(0, end)
+            swap = PromptSwap(prompt=prompt, tokens=77, mapper=torch.eye(77), cross=window, self_=window)
+            return patches.install(model, [reference], [swap])
+
+        plain = sample(model, target, sigmas, start, 3.0)
+        assert torch.equal(sample(edited("target", 0.0), target, sigmas, start, 3.0), plain)
+        steered = sample(edited("target"), target, sigmas, start, 3.0)
+        assert steered.isfinite().all() and (steered - plain).abs().max() > 1e-3 * plain.std()
+        same = sample(edited("source"), source, sigmas, start, 1.0)
+        assert (same - alone).abs().max() < 1e-3 * alone.std()
+
+
+def test_inversion(family):
+    model, _ = family
+    with torch.inference_mode():
+        sigmas = runs.schedule(model, 5, runs.PAPERS_GRID)
+        seen = []
+        patches.check_plain(model)
+        recorder = patches.recording(model, lambda place, own, heads: seen.append(place.layer))
+        runs.walk(recorder, conditioning(1, "x"), torch.randn(1, 4, 16, 12), sigmas, lambda d, x, report: d(x, 1.0))
+        assert len(set(seen)) == len(seen) == 2 * family[1]
