@@ -2,14 +2,14 @@
 
 from comfy_api.latest import ComfyExtension
 
-from .nodes import demo, edit, invert, view
+from .nodes import NODES
 
 WEB_DIRECTORY = "./web"
 
 
 class Attune(ComfyExtension):
     async def get_node_list(self):
-        return [*invert.NODES, *edit.NODES, *view.NODES, *demo.NODES]
+        return NODES
 
 
 async def comfy_entrypoint():

@@ -1,7 +1,7 @@
 """Trains the demo model on scenes it draws itself. Run through ``python3 dev.py train``; every stage resumes.
 
     dev.py train autoencoder --minutes 5     pictures <-> latents
-    dev.py train unet --minutes 90           text encoder and UNet, from where they stand
+    dev.py train unet --minutes 90           text encoder and UNet, from this run or the shipped weights
     dev.py train decoder --minutes 10        polishes the decoder alone; latents, and so the UNet, stay as they are
     dev.py train export                      writes demo/weights/attune_demo.safetensors (fp16)
 
@@ -22,11 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from . import checker, scenes
 from .autoencoder import LATENT_SCALE, Autoencoder
-from .model import build_unet, token_ids
+from .model import WEIGHTS, build_unet, read_weights, token_ids
 from .text import TEXT_WIDTH, TextEncoder
 
 HERE = Path(__file__).parent
@@ -62,13 +64,21 @@ def cosine(done, flat=0.35):
 # ---- autoencoder -------------------------------------------------------------------------------------------------
 
 
+def trained_autoencoder():
+    """This run's autoencoder, or the shipped one where there is no run."""
+    path = RUN / "autoencoder.pt"
+    net = Autoencoder().to(DEVICE)
+    net.load_state_dict(torch.load(path, map_location=DEVICE) if path.exists() else read_weights()["autoencoder"])
+    return net
+
+
 def train_autoencoder(args, decoder_only=False):
     path = RUN / "autoencoder.pt"
     rng = np.random.default_rng([args.seed, decoder_only])
-    net = Autoencoder().to(DEVICE)
-    if path.exists():
-        net.load_state_dict(torch.load(path, map_location=DEVICE))
+    if decoder_only or path.exists():
+        net = trained_autoencoder()
     else:
+        net = Autoencoder().to(DEVICE)
         net.start_from_patches(to_tensor([p for p, _ in draw_batch(rng, 256)[1]]).to(DEVICE))
     trained = [p for n, p in net.named_parameters() if not decoder_only or n.startswith(("decoder", "linear_out"))]
     optimizer = torch.optim.AdamW(trained, lr=args.lr or 2e-3, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -216,10 +226,22 @@ def vocabulary():
     return {i: row for row, i in enumerate([START, END, *token_ids(scenes.WORDS).values(), None])}
 
 
+def shipped_state():
+    """The shipped weights under the names of :class:`Model`."""
+    weights = read_weights()
+    known = [-1 if i is None else i for i in vocabulary()]
+    if weights["text"].pop("token_ids").tolist() != known:
+        raise ValueError("The shipped weights know other words than scenes.WORDS; train from the start with --fresh.")
+    return {f"{part}.{k}": v.float() for part in ("unet", "text") for k, v in weights[part].items()}
+
+
+def shipped_progress():
+    with safe_open(WEIGHTS, "pt") as file:
+        return int(file.metadata()["steps"]), float(file.metadata()["minutes"])
+
+
 def train_unet(args):
-    torch.manual_seed(args.seed)
-    net = Autoencoder().to(DEVICE)
-    net.load_state_dict(torch.load(RUN / "autoencoder.pt", map_location=DEVICE))
+    net = trained_autoencoder()
     rows = vocabulary()
     rows |= {word: rows[i] for word, i in token_ids(scenes.WORDS).items()}
     model = Model().to(DEVICE)
@@ -235,9 +257,13 @@ def train_unet(args):
         state = torch.load(path, map_location=DEVICE)
         model.load_state_dict(state["model"])
         ema, step, minutes = state["ema"], state["step"], state["minutes"]
-        if "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-    rng = np.random.default_rng([args.seed, step])  # a resumed run draws other scenes
+        optimizer.load_state_dict(state["optimizer"])
+    elif WEIGHTS.exists() and not args.fresh:
+        model.load_state_dict(shipped_state())
+        ema, step, minutes = {k: v.detach().clone() for k, v in model.state_dict().items()}, *shipped_progress()
+        log.info("going on from the shipped weights, %d steps", step)
+    torch.manual_seed(args.seed + step)  # a resumed run draws other scenes and noise
+    rng = np.random.default_rng([args.seed, step])
     bar = alphas_bar()
     weight_t = torch.minimum(bar / (1 - bar), torch.tensor(5.0, device=DEVICE)) / (bar / (1 - bar))
     chapter, begin, first, mean = None, time.time(), step, None
@@ -315,11 +341,8 @@ def draw_sheet(weights, net, rows, bar, step, count=16, guidance=5.0):
 
 def export(args):
     """Writes one fp16 file: UNet, autoencoder, text encoder with only the rows of the words it knows."""
-    from safetensors.torch import save_file
-
     state, rows = torch.load(RUN / "unet.pt", map_location="cpu"), vocabulary()
-    tensors = {f"autoencoder.{k}": v for k, v in torch.load(RUN / "autoencoder.pt", map_location="cpu").items()}
-    tensors |= state["ema"]
+    tensors = {f"autoencoder.{k}": v.cpu() for k, v in trained_autoencoder().state_dict().items()} | state["ema"]
     tensors = {k: v.half().contiguous() for k, v in tensors.items()}
     tensors["text.token_ids"] = torch.tensor([-1 if i is None else i for i in rows], dtype=torch.int32)
     card = HERE / "weights" / "quality.json"
@@ -349,6 +372,7 @@ def main():
     parser.add_argument("--high-noise-steps", type=int, default=1500, help="first steps that favour noisy times")
     parser.add_argument("--offset", type=float, default=0.1, help="offset noise after the first steps")
     parser.add_argument("--attention", type=float, default=0.02, help="weight of the attention loss")
+    parser.add_argument("--fresh", action="store_true", help="start the UNet anew, not from the shipped weights")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--sheet-steps", type=int, default=1000, help="steps between sample sheets")
     parser.add_argument("--made-by", help="the commands that made the weights, for the file's metadata")

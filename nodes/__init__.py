@@ -1,1 +1,5 @@
 """What a user sees: schemas, checks of arguments, one call below. One file per family, no maths."""
+
+from . import demo, edit, invert, view
+
+NODES = [*invert.NODES, *edit.NODES, *view.NODES, *demo.NODES]
