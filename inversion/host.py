@@ -5,6 +5,7 @@ Host facts used (checked on 0.3.52 and 0.3.75): `CFGGuider.inner_set_conds` and 
 """
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import latent_preview
@@ -34,6 +35,7 @@ def lowest_sigma(model):
 def describe_model(model):
     """What tells one MODEL from another, as plain values: its family, formats, and a few of its weights."""
     inner, sampling = model.model, model.get_model_object("model_sampling")
+    kinds = [c.__name__ for c in type(sampling).__mro__ if c.__module__ == comfy.model_sampling.__name__]
     biases = [(n, p) for n, p in inner.diffusion_model.named_parameters() if n.endswith("bias") and p.ndim == 1]
     probe = []
     for name, weight in biases[:: max(1, len(biases) // 24)]:
@@ -44,7 +46,7 @@ def describe_model(model):
     return {
         "family": f"{type(inner.model_config).__name__} ({type(inner.diffusion_model).__name__})",
         "latent_format": type(inner.latent_format).__name__,
-        "prediction": next(c.__name__ for c in type(sampling).__mro__ if not c.__name__.startswith("ModelSampling")),
+        "prediction": next(k for k in kinds if not k.startswith("ModelSampling")),
         "weights": probe,
     }
 

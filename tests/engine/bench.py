@@ -3,9 +3,9 @@
 import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
 import torch
+from comfy.ldm.modules import attention
 
 import nodes as stock
-from attune.attention_patches import host as patches
 from attune.inversion import host as runs
 from attune.inversion.trajectory import Trajectory
 from attune.nodes.demo import AttuneDemoCheckpoint
@@ -88,7 +88,7 @@ class PlainAdapter:
         self.kwargs.append(kwargs)
 
     def __call__(self, q, k, v, options):
-        out = patches.optimized_attention(q, k, v, options["n_heads"])
+        out = attention.optimized_attention(q, k, v, options["n_heads"])
         return out + sum(c(out, q, k, v, options, **k_) for c, k_ in zip(self.callbacks, self.kwargs, strict=True))
 
 
