@@ -46,9 +46,9 @@ def psnr(error):
 class Bench:
     """The demo model and held-out scenes, the same ones for every seed."""
 
-    def __init__(self, count, seed, steps):
+    def __init__(self, count, seed, steps, guidance):
         self.model, self.clip, self.vae = call(demo.AttuneDemoCheckpoint)
-        self.count, self.seed, self.steps = count, seed, steps
+        self.count, self.seed, self.steps, self.guidance = count, seed, steps, guidance
 
     def scenes(self, objects=None):
         rng = np.random.default_rng([self.seed, 7])
@@ -163,7 +163,7 @@ def measure_inversion(bench):
     return out
 
 
-def measure_edits(bench, cross=0.8, self_=0.8, guidance=2.0, margin=4):
+def measure_edits(bench, cross=0.8, self_=0.8, margin=4):
     """Colour swaps of each scene's first object; beside them plain sampling with the target prompt from the same
     noise, and the true edited picture after the autoencoder, which no edit can be expected to beat.
 
@@ -183,8 +183,8 @@ def measure_edits(bench, cross=0.8, self_=0.8, guidance=2.0, margin=4):
         again = bench.sample(bench.model, bench.text(before), 1.0, sigmas, noise)
         windows = (0.0, cross, 0.0, self_, 1024)
         model, positive = call(edit.AttunePromptSwap, bench.model, bench.clip, trajectory, before, after, *windows)
-        edited = bench.sample(model, positive, guidance, sigmas, noise)
-        plain = bench.sample(bench.model, bench.text(after), guidance, sigmas, noise)
+        edited = bench.sample(model, positive, bench.guidance, sigmas, noise)
+        plain = bench.sample(bench.model, bench.text(after), bench.guidance, sigmas, noise)
         truth = bench.decode(bench.encode(torch.from_numpy(scenes.render(target)[0])[None]))
         mask = masks[i][0]
         off = torch.nn.functional.max_pool2d(mask[None], 2 * margin + 1, 1, margin)[0] == 0
@@ -200,7 +200,7 @@ def measure_edits(bench, cross=0.8, self_=0.8, guidance=2.0, margin=4):
         name: {key: round(float(np.mean(column)), 3) for key, column in zip(keys, zip(*rows, strict=True), strict=True)}
         for name, rows in marks.items()
     }
-    return out | {"settings": {"cross_end": cross, "self_end": self_, "guidance": guidance}}
+    return out | {"settings": {"cross_end": cross, "self_end": self_, "guidance": bench.guidance}}
 
 
 PARTS = {
@@ -217,6 +217,7 @@ def main():
     parser.add_argument("part", nargs="?", choices=(*PARTS, "all"), default="all")
     parser.add_argument("--count", type=int, help="held-out scenes (500 for the checker, 64 pictures, else 32)")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=2.0, help="of the edits; others than 2 are printed only")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
@@ -227,10 +228,11 @@ def main():
             continue
         count = args.count or count
         with torch.inference_mode():
-            result = {"scenes": count, "steps": args.steps, "seed": args.seed} | measure(
-                Bench(count, args.seed, args.steps)
-            )
+            bench = Bench(count, args.seed, args.steps, args.guidance)
+            result = {"scenes": count, "steps": args.steps, "seed": args.seed} | measure(bench)
         log.info("%s: %s", name, json.dumps(result, indent=2))
+        if args.guidance != parser.get_default("guidance"):
+            continue
         quality = json.loads(card.read_text()) if card.exists() else {}
         card.write_text(json.dumps(quality | {name: result}, indent=2) + "\n")
 

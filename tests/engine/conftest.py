@@ -15,3 +15,22 @@ def pack():
     module = sys.modules["attune"]
     module.__spec__.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    """ComfyUI runs nodes so."""
+    import torch
+
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def bench():
+    import torch
+
+    from .bench import Bench
+
+    with torch.inference_mode():
+        return Bench()

@@ -18,18 +18,6 @@ pytestmark = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 OTHER = "a green star on a white background"
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def bench():
-    with torch.inference_mode():
-        return Bench()
-
-
 @pytest.fixture(scope="module")
 def plain(bench):
     """What the unpatched model draws with the target prompt."""

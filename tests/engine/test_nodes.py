@@ -21,18 +21,6 @@ from attune.nodes.view import AttuneAttentionMaps, AttuneContactSheet
 from .bench import SOURCE, TARGET, Bench, outputs, prompt_swap
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def bench():
-    with torch.inference_mode():
-        return Bench()
-
-
 @pytest.fixture(scope="module")
 def picture():
     return outputs(AttuneDemoScene, SOURCE, 3, 128)

@@ -1,25 +1,12 @@
 """Word swap on the host: equal to the classic algorithm, and an identity where it must be one."""
 
-import pytest
 import torch
 
 from attune.attention_patches import host
 from attune.attention_patches.values import apply_map, attention_map
 from attune.attention_patches.words import swap_map
 
-from .bench import SOURCE, STEPS, TARGET, Bench, prompt_swap
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def bench():
-    with torch.inference_mode():
-        return Bench()
+from .bench import SOURCE, STEPS, TARGET, prompt_swap
 
 
 def classic(bench, source, target, cross_steps, self_steps):
