@@ -135,7 +135,7 @@ def _calc_cond_batch(executor, model, conds, x, timestep, model_options):
     if run is None or not run.enter(float(timestep[0])):
         return executor(model, conds, x, timestep, model_options)
     run.read_references(model, x, timestep, model_options)
-    return executor(model, conds, x, timestep, _patched(model, model_options, _EditPatch(run, len(x))))
+    return executor(model, conds, x, timestep, _patched(run.layers, model_options, _EditPatch(run, len(x))))
 
 
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
@@ -155,6 +155,7 @@ class _Run:
         self.spec = spec
         self.ready = False
         self.conds = {}
+        self.layers = []
         self.sigma = self.step = self.steps = None
         self.features = {}  # reference name -> layer -> QKV
 
@@ -196,6 +197,7 @@ class _Run:
             picture = reference.latents[-1].to(x)  # models with an inpainting input want to see one
             conds = comfy.samplers.process_conds(guider.inner_model, x, conds, x.device, latent_image=picture)
             self.conds[reference.name] = conds["positive"]
+        self.layers = _layers(guider.inner_model.diffusion_model)
         self.ready = True
 
     def _role(self, cond):
@@ -225,7 +227,7 @@ class _Run:
         for reference in self.spec.references:
             store = self.features.setdefault(reference.name, {})
             latent = reference.latent(sigma).to(x)
-            patched = _patched(model, model_options, _CapturePatch(self, store))
+            patched = _patched(self.layers, model_options, _CapturePatch(self, store))
             conds = [self.conds[reference.name]]
             comfy.samplers.calc_cond_batch(model, conds, latent, timestep[: len(latent)], patched)
         self.sigma = sigma
@@ -272,6 +274,7 @@ def recording(model, receive):
     """
     check_plain(model)
     model = model.clone()
+    layers = _layers(model.model.diffusion_model)
 
     def patch(kind, own, options, attend, inner):
         place = _place(kind, own, options, 0, 1)
@@ -280,30 +283,32 @@ def recording(model, receive):
         return attend(*own, options)
 
     def calc_cond_batch(executor, base, conds, x, timestep, model_options):
-        return executor(base, conds, x, timestep, _patched(base, model_options, patch))
+        return executor(base, conds, x, timestep, _patched(layers, model_options, patch))
 
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc_cond_batch)
     return model
 
 
 def _layers(unet):
-    """(block, depth) of every transformer layer, with the names that the host's patches use."""
+    """A list of (block, depth) for every transformer layer, with the names that the host's patches use."""
     blocks = [(("input", i), b) for i, b in enumerate(unet.input_blocks)]
     blocks += [(("middle", 0), unet.middle_block)] if unet.middle_block is not None else []
     blocks += [(("output", i), b) for i, b in enumerate(unet.output_blocks)]
-    for name, block in blocks:
-        for depth in range(sum(isinstance(m, BasicTransformerBlock) for m in block.modules())):
-            yield name, depth
+    return [
+        (name, depth)
+        for name, block in blocks
+        for depth in range(sum(isinstance(m, BasicTransformerBlock) for m in block.modules()))
+    ]
 
 
-def _patched(model, model_options, patch):
+def _patched(layers, model_options, patch):
     """Options in which every attention layer goes through ``patch``, with what other packs put there inside it."""
     options = dict(model_options["transformer_options"])
     table = dict(options.get("patches_replace", {}))
     for kind, name in (("self", "attn1"), ("cross", "attn2")):
         theirs = table.get(name, {})
         table[name] = dict(theirs)
-        for block, depth in _layers(model.diffusion_model):
+        for block, depth in layers:
             # The host looks for (block, number, depth) first, then for (block, number).
             inner = theirs.get((*block, depth), theirs.get(block))
             table[name][(*block, depth)] = _bind(patch, kind, inner)

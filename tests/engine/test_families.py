@@ -88,7 +88,7 @@ def sample(model, positive, sigmas, start, guidance, path=None):
 def test_word_swap(family):
     model, layers = family
     with torch.inference_mode():
-        assert len(list(patches._layers(model.model.diffusion_model))) == layers
+        assert len(patches._layers(model.model.diffusion_model)) == layers
         sigmas = runs.schedule(model, 5, runs.HOST_GRID)
         start = runs.to_host_scale(model, torch.randn(1, 4, 16, 12) * float(sigmas[0]))
         source, target, path = conditioning(1, "source"), conditioning(2, "target"), []
