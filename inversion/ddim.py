@@ -29,12 +29,14 @@ def epsilon(denoise, x, sigma, level):
     return (at - denoise(at, level)) / level
 
 
-def invert(denoise, picture, sigmas, where, lowest, report):
+def invert(denoise, picture, sigmas, where, lowest, report, refine=0):
     """Walks from a picture to noise.
 
     ``denoise(x, sigma)`` predicts the clean latent. ``picture`` (B, C, h, w) is taken to lie at the last of
     ``sigmas`` (S+1,), which run from noise to picture. ``where`` is LATER or CURRENT. ``lowest`` is the smallest
     sigma that the model knows: below it, and at 0 where no noise can be told from none, epsilon is taken there.
+    ``refine`` more evaluations a step, each at the point that the one before it led to, turn the step into the exact
+    inverse of the sampler's (fixed-point iteration, as in AIDI, Pan et al. 2023); 0 is the papers' plain step.
     ``report(step, clean, x)`` is called after every step.
 
     Returns the latents (S+1, B, C, h, w) from noise to picture, fp32.
@@ -45,7 +47,26 @@ def invert(denoise, picture, sigmas, where, lowest, report):
     for step, (low, high) in enumerate(zip(rising[:-1], rising[1:], strict=True)):
         level = high if where == LATER else max(low, lowest)
         eps = epsilon(denoise, x, low, level)
+        for _ in range(refine):
+            ahead = x + (high - low) * eps
+            eps = (ahead - denoise(ahead, high)) / high
         report(step, x - low * eps, x)
         x = x + (high - low) * eps
         path.append(x)
     return torch.stack(path[::-1])
+
+
+def step_down(x, clean, high, low):
+    """One DDIM step from sigma ``high`` to ``low``, given the clean latent predicted at x."""
+    return x + (x - clean) * ((low - high) / high)
+
+
+def draw(denoise, noise, sigmas, report):
+    """The way back: (S+1, B, C, h, w) from ``noise`` (B, C, h, w) along ``sigmas`` (S+1,) from noise to picture."""
+    path = [noise.float()]
+    levels = [float(s) for s in sigmas]
+    for step, (high, low) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        clean = denoise(path[-1], high)
+        report(step, clean, path[-1])
+        path.append(step_down(path[-1], clean, high, low))
+    return torch.stack(path)

@@ -1,20 +1,42 @@
 """The one file here that speaks ComfyUI's conventions: grids, running a model outside a stock sampler, model identity.
 
 Host facts used (checked on 0.3.52 and 0.3.75): `CFGGuider.inner_set_conds` and `.sample`, a `Sampler` with its
-`sample` signature, `calculate_sigmas`, `latent_preview.prepare_callback`, the latent format's process_in and _out.
+`sample` signature, `calculate_sigmas`, `calc_cond_batch`, `latent_preview.prepare_callback`, the latent format's
+process_in and _out, wrappers PREDICT_NOISE and APPLY_MODEL, `percent_to_sigma`, `set_model_compute_dtype`,
+`load_models_gpu`, `optimized_attention_override` (0.3.75 only), `folder_paths`.
 """
 
+import hashlib
+import sys
+from pathlib import Path
+
+import comfy.latent_formats
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
+import comfyui_version
+import folder_paths
 import latent_preview
 import torch
+from comfy.conds import CONDCrossAttn
+from comfy.ldm.modules import attention
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.patcher_extension import WrappersMP
 
-from .ddim import papers_sigmas
+from . import gradient
+from .ddim import draw, papers_sigmas
+
+VERSION = "0.2.0"  # this pack's, as in pyproject.toml
 
 # Where packs hang functions that bend the prediction after the model has spoken.
 GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
+
+OURS = "attune"  # the key of this pack's own wrappers
+SKIPPING = (WrappersMP.CALC_COND_BATCH, WrappersMP.DIFFUSION_MODEL)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+BLOCKS = (ResBlock, SpatialTransformer)  # what is computed again for backward
 
 HOST_GRID = "host (ends at t = 1)"
 PAPERS_GRID = "papers (ends at t = 0)"
@@ -51,6 +73,11 @@ def describe_model(model):
     }
 
 
+def describe_patches(model):
+    """What LoRAs and merges do to the weights, as plain values: names and strengths."""
+    return [[key, *(float(p[0]) for p in patches)] for key, patches in sorted(model.patches.items(), key=str)]
+
+
 class _Walk(comfy.samplers.Sampler):
     """A sampler that hands the loaded model to a plain function and keeps what it returns."""
 
@@ -61,32 +88,213 @@ class _Walk(comfy.samplers.Sampler):
     def sample(
         self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
-        def denoise(x, sigma):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            return guider(x, torch.full((len(x),), float(sigma), device=x.device), **extra_args).float()
-
-        def report(step, clean, x):
-            if callback is not None:
-                callback(step, clean, x, len(sigmas) - 1)
-
-        self.result = self.body(denoise, latent_image, report)
+        self.result = self.body(guider, latent_image, _every_evaluation(extra_args["model_options"]), callback)
         return latent_image
 
 
-def walk(model, conditioning, latent, sigmas, body):
-    """Runs ``body(denoise, latent, report)`` on a loaded model, at guidance 1 under ``conditioning``.
+def _every_evaluation(model_options):
+    """Options without the wrappers from which caching packs skip evaluations; here each one is needed."""
+    options = dict(model_options["transformer_options"])
+    options["wrappers"] = {
+        kind: {k: v for k, v in table.items() if kind not in SKIPPING or k == OURS}
+        for kind, table in options.get("wrappers", {}).items()
+    }
+    return {**model_options, "transformer_options": options}
 
-    ``latent`` (B, C, h, w) is in the host's scale and reaches ``body`` in the model's own; whatever ``body`` returns
-    is returned. Guidance that other packs put on MODEL is left out. Shows progress and previews, and stops within
-    one evaluation of Cancel.
-    """
+
+def _run(model, conditionings, guidance, latent, steps, body):
     guider = comfy.samplers.CFGGuider(model)
     guider.model_options = {k: v for k, v in model.model_options.items() if k not in GUIDANCE}
-    guider.inner_set_conds({"positive": conditioning})
-    sampler = _Walk(body)
-    callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
-    guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=0)
+    guider.inner_set_conds({k: v for k, v in conditionings.items() if v})
+    guider.set_cfg(guidance)
+    sampler, grid = _Walk(body), torch.zeros(steps + 1)
+    callback = latent_preview.prepare_callback(model, steps)
+    guider.sample(torch.zeros_like(latent), latent, sampler, grid, callback=callback, disable_pbar=True, seed=0)
     return sampler.result
+
+
+def walk(model, positive, latent, sigmas, body, negative=None, guidance=1.0):
+    """Runs ``body(denoise, latent, report)`` on a loaded model under ``positive``, with ``guidance`` away from
+    ``negative`` where it is not 1.
+
+    ``latent`` (B, C, h, w) is in the host's scale and reaches ``body`` in the model's own; whatever ``body`` returns
+    is returned. ``denoise(x, sigma)`` predicts the clean latent, fp32. Guidance and caching that other packs put on
+    MODEL are left out. Shows progress and previews, and stops within one evaluation of Cancel.
+    """
+    steps = len(sigmas) - 1
+
+    def run(guider, latent, options, callback):
+        def denoise(x, sigma):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            return guider(x, _level(x, sigma), model_options=options, seed=0).float()
+
+        def report(step, clean, x):
+            callback(step, clean, x, steps)
+
+        return body(denoise, latent, report)
+
+    return _run(model, {"positive": positive, "negative": negative or []}, guidance, latent, steps, run)
+
+
+def _level(x, sigma):
+    return torch.full((len(x),), float(sigma), device=x.device)
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------
+
+
+def check_differentiable(model):
+    """Raises ValueError for weights through which no gradient flows: quantised to 8 bits or fewer."""
+    for parameter in model.model.diffusion_model.parameters():
+        plain = type(parameter.data) in (torch.Tensor, torch.nn.Parameter)
+        if parameter.dtype not in FLOATS or not plain:
+            kind = str(parameter.dtype).removeprefix("torch.") if plain else type(parameter.data).__name__
+            raise ValueError(
+                f"The MODEL has {kind} weights, through which no gradient flows; load the checkpoint in fp16, bf16 or "
+                "fp32 (weight_dtype of the loader, or ComfyUI started without its fp8 option)."
+            )
+
+
+def learn(model, positive, negative, latent, steps, body):
+    """As :func:`walk`, for learning an embedding: ``body(denoise, latent, report)`` runs outside inference mode, and
+    ``denoise(x, sigma, embedding, rows)`` predicts for the pictures numbered ``rows`` with ``embedding`` (b, T, C) in
+    the place of ``negative``'s text, with a gradient to it where grad mode is on. Without the last two it predicts
+    under ``positive``. Half-precision weights compute in fp32 here, since the gradients would vanish.
+
+    MODEL and whatever shares its weights are afterwards as they were.
+    """
+    check_differentiable(model)
+    with torch.inference_mode(False), torch.no_grad():
+        model = model.clone()
+        if any(p.dtype != torch.float32 for p in model.model.diffusion_model.parameters()):
+            model.set_model_compute_dtype(torch.float32)
+        _drop_compiled(model)
+        options = model.model_options["transformer_options"]
+        options["optimized_attention_override"] = _pytorch_attention
+        comfy.model_management.load_models_gpu([model], force_full_load=True)
+        unet = model.model.diffusion_model
+
+        def run(guider, latent, options, callback):
+            base = guider.inner_model
+            (template,) = guider.conds["negative"]
+
+            def denoise(x, sigma, embedding=None, rows=None):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                conds = (
+                    guider.conds["positive"]
+                    if embedding is None
+                    else [_with_text(template, embedding, rows, len(latent))]
+                )
+                (clean,) = comfy.samplers.calc_cond_batch(base, [conds], x, _level(x, sigma), options)
+                if torch.is_grad_enabled() and not clean.requires_grad:
+                    raise ValueError(
+                        "No gradient came back through the MODEL: its attention or a pack's patch on it has none; "
+                        "connect the MODEL from before that pack's node, or start ComfyUI with "
+                        "--use-pytorch-cross-attention."
+                    )
+                return clean.float()
+
+            def report(step, clean, x):
+                callback(step, clean, x, steps)
+
+            with gradient.ordinary(base), gradient.checkpointed([m for m in unet.modules() if isinstance(m, BLOCKS)]):
+                return body(denoise, latent, report)
+
+        latent = latent.clone()
+        return _run(model, {"positive": _cloned(positive), "negative": _cloned(negative)}, 1.0, latent, steps, run)
+
+
+def _pytorch_attention(_kernel, q, k, v, heads, *args, **kwargs):
+    # Kernels of other libraries may have no backward, and say nothing.
+    return attention.attention_pytorch(q, k, v, heads, *args, **kwargs)
+
+
+def _drop_compiled(model):
+    # A compiled network does not see forwards that are replaced.
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
+
+
+def _cloned(conditioning):
+    """Tensors that were made in inference mode cannot take part in a graph."""
+    return [
+        [tensor.clone(), {k: v.clone() if torch.is_tensor(v) else v for k, v in extras.items()}]
+        for tensor, extras in conditioning
+    ]
+
+
+def _with_text(template, embedding, rows, pictures):
+    """A prepared conditioning with another text, for some of the pictures."""
+    conds = {}
+    for name, cond in template["model_conds"].items():
+        own_rows = torch.is_tensor(cond.cond) and pictures > 1 and len(cond.cond) == pictures
+        conds[name] = cond._copy_with(cond.cond[rows]) if own_rows else cond
+    return {**template, "model_conds": {**conds, "c_crossattn": CONDCrossAttn(embedding)}}
+
+
+# ---- recording ---------------------------------------------------------------------------------------------------
+
+
+def record(model, noise, cfg, sampler, sigmas, positive, negative, latent, noise_mask, seed):
+    """Samples as the host's Sampler (Custom) does, and keeps what the network is shown at each of ``sigmas``.
+
+    Returns (samples (B, C, h, w) in the host's scale, latents (S+1, B, C, h, w) in the model's). Raises ValueError for
+    a sampler that passes a noise level by.
+    """
+    seen = {}
+
+    def predict(executor, x, timestep, *args, **kwargs):
+        seen.setdefault(float(timestep[0]), x.detach().float().cpu().clone())
+        return executor(x, timestep, *args, **kwargs)
+
+    watched = model.clone()
+    watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "attune_record", predict)
+    callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
+    samples = comfy.sample.sample_custom(
+        watched, noise, cfg, sampler, sigmas, positive, negative, latent,
+        noise_mask=noise_mask, callback=callback, disable_pbar=True, seed=seed,
+    )  # fmt: skip
+    path = []
+    for sigma in map(float, sigmas[:-1]):
+        level = min(seen, key=lambda s: abs(s - sigma), default=float("inf"))
+        if abs(level - sigma) > 1e-4 * sigma:
+            raise ValueError(
+                f"The sampler never asked the MODEL at noise level {sigma:.4g} of its SIGMAS, so its way cannot be "
+                "recorded; choose one that visits each of them, such as euler, in the node that feeds sampler."
+            )
+        path.append(seen[level])
+    path.append(to_model_scale(model, samples).float().cpu())
+    return samples, torch.stack(path)
+
+
+def noise_for(latent, seed):
+    """The noise that the host's samplers add for a seed; (B, C, h, w)."""
+    return comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
+
+
+def fitting_latent(model, latent):
+    """An empty LATENT with as many channels as the MODEL wants, as the host's samplers make it."""
+    return comfy.sample.fix_empty_latent_channels(model, latent)
+
+
+# ---- scales and schedules ----------------------------------------------------------------------------------------
+
+
+def windows(model, sigmas):
+    """Shares of the schedule (S+1,) whose edges lie between neighbouring noise levels, for per-step conditionings.
+
+    The host turns a share into a noise level; this finds, by halving, the share that gives the middle (in the
+    logarithm) of two levels. The ends are open, as 0 and 1.
+    """
+    to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+    edges = [0.0]
+    levels = [float(s) for s in sigmas]
+    for high, low in zip(levels[:-2], levels[1:-1], strict=True):
+        goal, first, last = (high * low) ** 0.5, 0.0, 1.0
+        for _ in range(40):
+            middle = (first + last) / 2
+            first, last = (middle, last) if float(to_sigma(middle)) > goal else (first, middle)
+        edges.append((first + last) / 2)
+    return (*edges, 1.0)
 
 
 def to_model_scale(model, latent):
@@ -95,6 +303,107 @@ def to_model_scale(model, latent):
 
 def to_host_scale(model, latent):
     return model.model.process_latent_out(latent)
+
+
+def host_latent(trajectory, step):
+    """A latent of a trajectory in the host's scale; the trajectory knows its own latent format."""
+    return _format(trajectory).process_out(trajectory.latents[step])
+
+
+def _format(trajectory):
+    name = trajectory.header["latent_format"]
+    formats = {k: v for k, v in vars(comfy.latent_formats).items() if isinstance(v, type)}
+    if name not in formats:
+        raise ValueError(f"The TRAJECTORY has the latent format {name}, which this ComfyUI does not know; update it.")
+    return formats[name]()
+
+
+# ---- the host's folders and the node's text ----------------------------------------------------------------------
+
+SUFFIX = ".trajectory.safetensors"
+OUTPUT = " [output]"  # the host's mark of a file in its output folder
+
+
+def trajectory_files():
+    """Names of the trajectory files in the host's input folder, and in its output folder with the host's mark."""
+    names = []
+    for base, mark in ((folder_paths.get_input_directory(), ""), (folder_paths.get_output_directory(), OUTPUT)):
+        found = (p.relative_to(base).as_posix() for p in Path(base).rglob("*" + SUFFIX) if p.is_file())
+        names += sorted(name + mark for name in found)
+    return names
+
+
+def trajectory_path(name):
+    """Where a name from :func:`trajectory_files` lies. Raises ValueError for one that leads elsewhere or nowhere."""
+    base, inside = folder_paths.get_input_directory(), name
+    if name.endswith(OUTPUT):
+        base, inside = folder_paths.get_output_directory(), name.removesuffix(OUTPUT)
+    path, base = Path(base, inside).resolve(), Path(base).resolve()
+    if not path.is_relative_to(base) or not inside.endswith(SUFFIX):
+        raise ValueError(
+            f'"{name}" is no {SUFFIX} file inside ComfyUI\'s input or output folder; choose one from the list of '
+            "Attune Load Trajectory."
+        )
+    if not path.is_file():
+        raise ValueError(f'There is no trajectory file "{name}"; choose another in Attune Load Trajectory.')
+    return path
+
+
+def new_trajectory_path(prefix):
+    """A free path in the host's output folder, and its subfolder and name for the interface.
+
+    Raises ValueError for a prefix that leads out of the folder.
+    """
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            prefix, folder_paths.get_output_directory()
+        )
+    except Exception as problem:  # the host raises a bare Exception for this
+        raise ValueError(
+            f'The filename_prefix "{prefix}" leads out of ComfyUI\'s output folder; give Attune Save Trajectory a name '
+            "inside it."
+        ) from problem
+    file = f"{name}_{counter:05}_{SUFFIX}"
+    return Path(folder, file), subfolder, file
+
+
+def unfinished_path(key):
+    """Where an interrupted run is kept; the host empties this folder when it starts."""
+    return Path(folder_paths.get_temp_directory(), "attune", f"{key}.safetensors")
+
+
+def say(node_id, text):
+    """Shows ``text`` on a node while it works; nothing where there is no server or no node."""
+    if node_id is not None and "server" in sys.modules:
+        sys.modules["server"].PromptServer.instance.send_progress_text(text, node_id)
+
+
+def versions():
+    """What a file was written with."""
+    return {"attune": VERSION, "comfyui": comfyui_version.__version__, "torch": torch.__version__}
+
+
+def content_key(path):
+    """A fingerprint of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---- drawing again -----------------------------------------------------------------------------------------------
+
+
+def draw_again(model, trajectory, negative, guidance):
+    """The latents (S+1, B, C, h, w) that plain sampling visits from the trajectory's noise, under its conditioning."""
+
+    def body(denoise, start, report):
+        return draw(denoise, trajectory.noise.to(start), trajectory.sigmas, report)
+
+    start = host_latent(trajectory, 0)
+    return walk(model, trajectory.conditioning, start, trajectory.sigmas, body, negative, guidance).cpu()
+
+
+def decode(vae, trajectory, latent):
+    """Pictures (B, H, W, 3) in 0..1 of a latent in the trajectory's scale."""
+    return vae.decode(_format(trajectory).process_out(latent))
 
 
 def check_latent(model, latent):

@@ -11,17 +11,55 @@ class Trajectory:
     own scale (the host's latent times the format's factor), where x = x0 + sigma * eps.
 
     ``steps`` is the number of steps as the method's paper counts them: S, or S + 1 on a grid that ends in a step onto
-    itself. ``header`` says what made it: model (see :func:`host.describe_model`), method, options.
+    itself. ``header`` says what made it, in values that JSON holds: model (see :func:`host.describe_model`), method,
+    options, prompt. ``conditioning`` is the stock list that it was made under, ``negative`` the one of the empty or
+    negative text where one took part. ``nulls`` (S, B or 1, T, C), fp32, hold what stands in the negative's place at
+    each step, if that was learned; ``windows`` (S+1,) are then the shares of the model's schedule between which each
+    holds.
     """
 
     sigmas: torch.Tensor
     latents: torch.Tensor
     steps: int
     header: dict = field(default_factory=dict)
+    conditioning: list = field(default_factory=list)
+    negative: list = field(default_factory=list)
+    nulls: torch.Tensor | None = None
+    windows: tuple = ()
 
     @property
     def noise(self):
         return self.latents[0]
+
+
+def step_conditioning(embeddings, windows, extras):
+    """A stock CONDITIONING list in which each step has its own text.
+
+    ``embeddings`` (S, B or 1, T, C); ``windows`` (S+1,) rise from 0 to 1, edges lie between the sampled noise levels
+    (both ends of a window count, so on a level two would hold at once); ``extras`` goes into every entry.
+    """
+    edges = zip(windows[:-1], windows[1:], strict=True)
+    return [
+        [embedding, {**extras, "start_percent": start, "end_percent": end}]
+        for embedding, (start, end) in zip(embeddings, edges, strict=True)
+    ]
+
+
+def negative_of(trajectory):
+    """What belongs into a sampler's negative when this trajectory is drawn again, or [] where it holds none."""
+    if trajectory.nulls is None:
+        return trajectory.negative
+    return step_conditioning(trajectory.nulls, trajectory.windows, trajectory.negative[0][1])
+
+
+def one_text(conditioning, what):
+    """The only (tensor, dictionary) of a CONDITIONING. Raises ValueError for several or none."""
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"The {what} conditioning holds {len(conditioning)} texts, but null embeddings stand in for exactly one; "
+            f"connect one CLIP Text Encode to {what}, without Conditioning (Combine)."
+        )
+    return conditioning[0]
 
 
 def check_same_model(trajectory, header):
@@ -38,8 +76,14 @@ def check_same_model(trajectory, header):
             )
     ours, theirs = torch.tensor(trajectory.header["weights"]), torch.tensor(header["weights"])
     # Loose enough for one checkpoint in two precisions, tight enough to tell two checkpoints apart.
-    if not torch.allclose(ours, theirs, rtol=0.02, atol=1e-3):
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0.02, atol=1e-3):
         raise ValueError(
             "The TRAJECTORY was made with another checkpoint than the MODEL's; invert the picture again with the MODEL "
             "that is connected here, or connect the one it was made with."
         )
+
+
+def check_whole(trajectory, node):
+    """Raises ValueError for a trajectory without the conditioning it was made under, which ``node`` needs."""
+    if not trajectory.conditioning:
+        raise ValueError(f"The TRAJECTORY holds no conditioning, but {node} needs the one it was made under.")

@@ -1,5 +1,5 @@
 """What a user sees: schemas, checks of arguments, one call below. One file per family, no maths."""
 
-from . import demo, edit, invert, view
+from . import demo, edit, invert, trajectory, view
 
-NODES = [*invert.NODES, *edit.NODES, *view.NODES, *demo.NODES]
+NODES = [*invert.NODES, *trajectory.NODES, *edit.NODES, *view.NODES, *demo.NODES]

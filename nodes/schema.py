@@ -11,6 +11,26 @@ def searchable(schema, *names):
     return schema
 
 
+def node_id(cls):
+    """The running node's number in its graph, or None outside one."""
+    return getattr(cls.hidden, "unique_id", None)
+
+
+def caption(cls, name):
+    """The text behind a node's conditioning input, where the graph says it plainly; None elsewhere.
+
+    It is only ever written into a trajectory's header, for people to read.
+    """
+    prompt = getattr(cls.hidden, "prompt", None) or {}
+    text = prompt.get(node_id(cls), {}).get("inputs", {}).get(name)
+    for _ in range(3):  # a text encoder, and what feeds its text
+        if not isinstance(text, list):
+            break
+        inputs = prompt.get(text[0], {}).get("inputs", {})
+        text = next((inputs[k] for k in ("text", "string", "value") if k in inputs), None)
+    return text if isinstance(text, str) else None
+
+
 def check_choice(value, choices, what, node):
     """Raises ValueError for a value that is not on the list; the host does not check the lists of V3 nodes."""
     if value not in choices:

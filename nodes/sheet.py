@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+INKS = ((250, 204, 21), (96, 165, 250), (244, 114, 182), (74, 222, 128))  # of curves
 GAP, PAPER, INK = 8, (24, 24, 27), (228, 228, 231)
 
 
@@ -82,3 +83,31 @@ def map_sheet(maps, labels, side=128, columns=8):
             tiles.append(_labelled(tile, label, max(12, side // 8)))
         sheets.append(from_pil(rows_of(tiles, min(columns, len(tiles)))))
     return torch.cat(sheets)
+
+
+def plot(curves, width, height=180):
+    """A Pillow picture of ``curves``, name to a list of values of 0 or more: steps to the right, percent upward."""
+    font, left, bottom, top = ImageFont.load_default(12), 52, 20, 8
+    out = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(out)
+    highest = max(0.05, *(max(values) for values in curves.values())) * 1.05
+    for share in (0, 0.5, 1):
+        y = height - bottom - share * (height - bottom - top)
+        draw.line((left, y, width - 8, y), (63, 63, 70))
+        draw.text((4, y - 7), f"{100 * share * highest:.3g} %", INK, font)
+    for row, ((name, values), color) in enumerate(zip(curves.items(), INKS, strict=False)):
+        steps = max(1, len(values) - 1)
+        xs = [left + i * (width - 8 - left) / steps for i in range(len(values))]
+        ys = [height - bottom - v / highest * (height - bottom - top) for v in values]
+        draw.line(list(zip(xs, ys, strict=True)), color, 2)
+        draw.text((left + 8, top + 15 * row), name, color, font)
+    draw.text((left, height - bottom + 3), "noise", INK, font)
+    draw.text((width - 60, height - bottom + 3), "picture", INK, font)
+    return out
+
+
+def report_sheet(pictures, labels, curves, height=256):
+    """IMAGE (1, H, W, 3): pictures (H, W, 3) side by side over their labels, and below them a plot of ``curves``."""
+    width = sum(round(p.shape[1] * height / p.shape[0]) + GAP for p in pictures) - GAP
+    drift = from_pil(plot(curves, max(320, width)))
+    return contact_sheet(pictures, [*labels, "distance from the trajectory, step by step"], height, drift)

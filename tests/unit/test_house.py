@@ -10,18 +10,25 @@ PACK = [
     "__init__.py",
     *(
         str(p.relative_to(ROOT))
-        for d in ("nodes", "attention_patches", "inversion", "demo")
+        for d in ("nodes", "attention_patches", "inversion", "demo", "benchmark")
         for p in (ROOT / d).glob("*.py")
     ),
 ]
 # Which of the host's modules a file may import, and which of the pack's folders a folder may.
-HOST_FILES = {"attention_patches/host.py", "inversion/host.py", "demo/model.py", "demo/measure.py"}
+HOST_FILES = {
+    "attention_patches/host.py",
+    "inversion/host.py",
+    "demo/model.py",
+    "demo/measure.py",
+    "benchmark/inversion.py",
+}
 HOST_MODULES = {"comfy", "comfy_extras", "nodes", "folder_paths", "latent_preview", "server", "execution"}
 ALLOWED = {
     "nodes": {"nodes", "attention_patches", "inversion", "demo"},
     "attention_patches": {"attention_patches"},
     "inversion": {"inversion"},
     "demo": {"demo"},
+    "benchmark": {"benchmark", "demo", "inversion", "nodes"},
 }
 
 

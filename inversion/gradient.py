@@ -1,0 +1,68 @@
+"""Gradients through a network that was loaded in inference mode, without copies of its weights.
+
+Everything here is undone when its `with` ends, however it ends.
+"""
+
+import contextlib
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+@contextlib.contextmanager
+def ordinary(network):
+    """In it, parameters and buffers that are inference tensors stand behind ordinary ones on the same memory.
+
+    Autograd refuses to save an inference tensor for backward. Nothing is copied; no parameter collects a gradient.
+    """
+    replaced, frozen = [], []
+    try:
+        for module in network.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None and tensor.is_inference():
+                        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                        alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+                        if table is module._parameters:
+                            alias = torch.nn.Parameter(alias, requires_grad=False)
+                        table[name] = alias
+                        replaced.append((table, name, alias, tensor))
+        frozen += [p for p in network.parameters() if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for table, name, alias, tensor in replaced:
+            if table[name] is alias:  # the host may have moved or patched it meanwhile
+                table[name] = tensor
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def checkpointed(modules):
+    """In it, each of ``modules`` keeps only its inputs for backward and computes the rest again."""
+    theirs = []
+    try:
+        for module in modules:
+            theirs.append((module, module.__dict__.get("forward")))
+            module.forward = _recomputing(module.forward)
+        yield
+    finally:
+        for module, forward in theirs:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def _recomputing(forward):
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # Options are written to as the network runs; when it runs again they must say what they said here.
+        args = [dict(a) if isinstance(a, dict) else a for a in args]
+        kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run

@@ -1,0 +1,98 @@
+"""Null-text inversion (Mokady et al. 2023): an embedding for each step that takes the empty text's place.
+
+Guidance drives a drawing off the trajectory that a picture was inverted along. The embedding that the guided step
+leans away from is learned, step by step, so that the step lands on the trajectory after all.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .ddim import step_down
+
+
+@dataclass(frozen=True)
+class NullText:
+    """``guidance`` is the scale that the embeddings are learned for. At step i Adam makes at most ``inner`` updates at
+    the rate ``rate`` * (1 - i/100), and stops after the one that was made from a loss below ``tolerance`` + 2e-5 * i.
+    With ``warm`` a step starts from what the step before it learned, as in the paper; without, from the empty text,
+    as in Dynamic Prompt Learning's code."""
+
+    guidance: float = 7.5
+    inner: int = 10
+    rate: float = 0.01
+    tolerance: float = 1e-5
+    warm: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """What is learned so far: ``nulls``, a list of (B, T, C); ``x`` (B, C, h, w), where the guided drawing stands;
+    ``losses``, a list over steps of lists over pictures of lists over updates."""
+
+    nulls: list
+    x: torch.Tensor
+    losses: list
+
+
+def begin(latents):
+    """The :class:`Progress` of a run that has not learned anything yet."""
+    return Progress([], latents[0].float().clone(), [])
+
+
+def guide(clean, empty, scale):
+    return empty + scale * (clean - empty)
+
+
+def learn(settings, denoise, sigmas, latents, null, progress, report):
+    """Yields the :class:`Progress` after each step that it still lacks.
+
+    ``denoise(x, sigma)`` predicts the clean latent under the source's text; ``denoise(x, sigma, embedding, rows)``
+    under an ``embedding`` (b, T, C) for the pictures numbered ``rows``, with a gradient where grad mode is on.
+    ``sigmas`` (S+1,), ``latents`` (S+1, B, C, h, w), ``null`` (B or 1, T, C) the empty text's embedding.
+    ``report(step, update, loss, clean, x)`` is called after every update, with the guided prediction.
+
+    The loss is the mean squared distance between the guided step and the trajectory's next latent, in the papers' own
+    scale x / sqrt(1 + sigma^2) where noise is at most of unit variance; all thresholds are in that scale. Each picture
+    of a batch learns its own embedding and stops on its own. Raises FloatingPointError when a loss is not finite.
+    """
+    levels = [float(s) for s in sigmas]
+    pictures = latents.shape[1]
+    null = null.float().expand(pictures, -1, -1)
+    for step in range(len(progress.nulls), len(levels) - 1):
+        high, low = levels[step], levels[step + 1]
+        x, goal = progress.x, latents[step + 1]
+        with torch.no_grad():
+            clean = denoise(x, high)
+        start = progress.nulls[-1] if settings.warm and progress.nulls else null
+        leaves = [start[i : i + 1].clone().requires_grad_() for i in range(pictures)]
+        optimizer = torch.optim.Adam(leaves, lr=settings.rate * (1 - step / 100))
+        losses = [[] for _ in leaves]
+        active = list(range(pictures))
+        for update in range(settings.inner):
+            rows = torch.tensor(active, device=x.device)
+            with torch.enable_grad():
+                empty = denoise(x[rows], high, torch.cat([leaves[i] for i in active]), rows)
+                landed = step_down(x[rows], guide(clean[rows], empty, settings.guidance), high, low)
+                loss = (landed - goal[rows]).square().flatten(1).mean(1) / (1 + low**2)
+                optimizer.zero_grad()  # to None, so that Adam leaves pictures that have stopped alone
+                loss.sum().backward()
+            optimizer.step()
+            values = loss.tolist()
+            if not all(map(math.isfinite, values)):
+                raise FloatingPointError(f"the loss of step {step + 1} is not a finite number")
+            for i, value in zip(active, values, strict=True):
+                losses[i].append(value)
+            shown = clean.index_copy(0, rows, guide(clean[rows], empty.detach(), settings.guidance))
+            report(step, update, sum(values) / len(values), shown, x)
+            stop = settings.tolerance + 2e-5 * step
+            active = [i for i, value in zip(active, values, strict=True) if value >= stop]
+            if not active:
+                break
+        learned = torch.cat(leaves).detach()
+        with torch.no_grad():
+            empty = denoise(x, high, learned, torch.arange(pictures, device=x.device))
+            x = step_down(x, guide(clean, empty, settings.guidance), high, low)
+        progress = Progress([*progress.nulls, learned], x, [*progress.losses, losses])
+        yield progress
