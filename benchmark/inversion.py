@@ -184,7 +184,7 @@ def _slow(bench, trajectory, captions, empty, settings):
 
 
 def memory(bench, side=64):
-    """Peak bytes of one null-text update beside one guided sampling step, one picture of ``side`` x ``side`` latents."""
+    """Peak bytes of a null-text update beside a guided sampling step, for one picture of side x side latents."""
     generator = torch.Generator().manual_seed(bench.seed)
     picture = torch.randn(1, 4, side, side, generator=generator)
     text, empty = bench.text("a red circle on a gray background"), bench.text("")
@@ -227,7 +227,7 @@ GRIDS = {host.HOST_GRID: reference.OFFSET_1, host.PAPERS_GRID: reference.OFFSET_
 LEVELS = {ddim.LATER: reference.LATER, ddim.CURRENT: reference.CURRENT}
 
 
-def parity(bench):
+def parity(bench, inner=10):
     """Largest relative differences from the implementation on diffusers, over pictures, steps, grids and levels."""
     drawn, pictures, _ = bench.scenes()
     with torch.inference_mode(False):
@@ -235,7 +235,7 @@ def parity(bench):
     out = {"DDIM latents": 0.0, "null-text losses": 0.0, "direct, exact": True, "direct ablation": 0.0}
     for i, scene in enumerate(drawn):
         captions, latent = bench.text(scenes.caption(scene)), bench.encode(pictures[i : i + 1])
-        for key, value in compare(bench, network, latent, captions).items():
+        for key, value in compare(bench, network, latent, captions, inner).items():
             out[key] = out[key] and value if isinstance(value, bool) else max(out[key], value)
         log.info("picture %d of %d: %s", i + 1, len(drawn), out)
     return out
@@ -245,7 +245,7 @@ def relative(ours, theirs):
     return float((ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt())
 
 
-def compare(bench, network, latent, captions, inner=4):
+def compare(bench, network, latent, captions, inner):
     """One picture: DDIM on every grid and level, and on each grid null-text and direct inversion."""
     empty = bench.text("")
     with torch.inference_mode(False):

@@ -197,7 +197,11 @@ def learn(model, positive, negative, latent, steps, body):
             def report(step, clean, x):
                 callback(step, clean, x, steps)
 
-            with gradient.ordinary(base), gradient.checkpointed([m for m in unet.modules() if isinstance(m, BLOCKS)]):
+            blocks = [m for m in unet.modules() if isinstance(m, BLOCKS)]
+            # A third of the weights on top of them, so that the peak stays within half of a guided sampling step's.
+            spare = sum(p.numel() * p.element_size() for p in unet.parameters()) // 3
+            keep = gradient.checkpointed(blocks, lambda m: isinstance(m, SpatialTransformer), spare)
+            with gradient.ordinary(base), keep:
                 return body(denoise, latent, report)
 
         latent = latent.clone()

@@ -87,7 +87,7 @@ def learn(settings, denoise, sigmas, latents, null, progress, report):
             shown = clean.index_copy(0, rows, guide(clean[rows], empty.detach(), settings.guidance))
             report(step, update, sum(values) / len(values), shown, x)
             stop = settings.tolerance + 2e-5 * step
-            active = [i for i, value in zip(active, values, strict=True) if value >= stop]
+            active = [i for i in active if losses[i][-1] >= stop]
             if not active:
                 break
         learned = torch.cat(leaves).detach()

@@ -69,7 +69,7 @@ def write(path):
     random = torch.Generator().manual_seed(0)
     unet = filled(build_unet(), "model.diffusion_model.", random)
     # A random network is no denoiser; a faint one at least leaves the picture's scale alone.
-    unet["model.diffusion_model.out.2.weight"] *= 0.1
+    unet["model.diffusion_model.out.2.weight"] *= 0.001
     text = {k.replace("clip_l", "cond_stage_model", 1): v for k, v in filled(SmallClip(), "", random).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({**unet, **text, **filled(TAESD(), "first_stage_model.", random)}, path)
