@@ -11,6 +11,14 @@ def searchable(schema, *names):
     return schema
 
 
+def folded(schema, *inputs):
+    """The schema with these widgets put away until the user asks for them, by a key that the host's canvas knows."""
+    for widget in schema.inputs:
+        if widget.id in inputs:
+            widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
+    return schema
+
+
 def node_id(cls):
     """The running node's number in its graph, or None outside one."""
     return getattr(cls.hidden, "unique_id", None)

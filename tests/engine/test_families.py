@@ -12,6 +12,7 @@ from attune.attention_patches.reference import Reference
 from attune.attention_patches.values import Window
 from attune.demo.model import _initialise
 from attune.inversion import host as runs
+from attune.inversion import null_text
 
 CPU = torch.device("cpu")
 COMMON = {
@@ -106,6 +107,32 @@ def test_word_swap(family):
         assert steered.isfinite().all() and (steered - plain).abs().max() > 1e-3 * plain.std()
         same = sample(edited("source"), source, sigmas, start, 1.0)
         assert (same - alone).abs().max() < 1e-3 * alone.std()
+
+
+def test_null_text(family):
+    """Each picture's own pooled text and size go along where only some of a batch are still learning."""
+    model, _ = family
+    sigmas, settings = torch.tensor([4.0, 2.0, 1.0]), null_text.NullText(3.0, inner=3, tolerance=0.0)
+    torch.manual_seed(3)
+    latents = torch.randn(3, 2, 4, 16, 12)
+    negative = [[torch.randn(2, 77, 48), {"pooled_output": torch.randn(2, 1280)}]]
+
+    def learned(rows):
+        text, extras = negative[0]
+        own = [[text[rows], {"pooled_output": extras["pooled_output"][rows]}]]
+
+        def body(denoise, start, report):
+            path, null = latents[:, rows].clone(), own[0][0].clone()
+            *_, last = null_text.learn(settings, denoise, sigmas, path, null, null_text.begin(path), lambda *_: 0)
+            return torch.stack(last.nulls), last.losses
+
+        return runs.learn(model, conditioning(1, "x"), own, latents[-1, rows], 1, body)
+
+    with torch.inference_mode():
+        both, losses = learned([0, 1])
+        assert both.isfinite().all() and all(mine[-1] < mine[0] for step in losses for mine in step)
+        for i in range(2):
+            assert (learned([i])[0][:, 0] - both[:, i]).abs().max() < 5e-3
 
 
 def test_inversion(family):
