@@ -1,5 +1,7 @@
 """Edits: a MODEL that draws the target while reading the source."""
 
+import logging
+
 from comfy_api.latest import io
 
 from ..attention_patches import host
@@ -7,14 +9,25 @@ from ..attention_patches.prompt_swap import PromptSwap
 from ..attention_patches.reference import Reference
 from ..attention_patches.values import Window
 from ..attention_patches.words import swap_map
-from ..inversion.host import describe_model
+from ..inversion import host as runs
 from ..inversion.trajectory import check_same_model
 from . import schema
+
+log = logging.getLogger("attune")
 
 
 def share(name, default, tooltip):
     """A place in the sampling, as a share of its steps."""
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.05, round=0.001, tooltip=tooltip)
+
+
+def warn_of_another_caption(trajectory, prompt, node_id):
+    """Tells the user where a trajectory was made under another caption than the edit's source prompt."""
+    made_under = trajectory.header.get("prompt")
+    if made_under and made_under.strip() != prompt.strip():
+        warning = f'The TRAJECTORY was made under "{made_under}", but the source prompt is "{prompt}".'
+        log.warning(warning)
+        runs.say(node_id, warning)
 
 
 class AttunePromptSwap(io.ComfyNode):
@@ -89,6 +102,7 @@ class AttunePromptSwap(io.ComfyNode):
                     tooltip="The target prompt: connect it to the sampler's positive.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
         return schema.searchable(node, "prompt-to-prompt", "p2p", "word swap", "replace word", "attention replace")
 
@@ -98,7 +112,8 @@ class AttunePromptSwap(io.ComfyNode):
         cross_start, cross_end, self_start, self_end, token_limit,
     ):  # fmt: skip
         host.check_unet(model)
-        check_same_model(trajectory, describe_model(model))
+        check_same_model(trajectory, runs.describe_model(model))
+        warn_of_another_caption(trajectory, source_prompt, schema.node_id(cls))
         source, target = host.read_words(clip, source_prompt), host.read_words(clip, target_prompt)
         controller = PromptSwap(
             prompt=target_prompt,

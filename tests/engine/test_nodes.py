@@ -1,6 +1,7 @@
 """The nodes on real MODELs: what they give, and what they say when they cannot."""
 
 import re
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.model_patcher
@@ -309,6 +310,14 @@ def test_looking_through_an_edit(bench):
     with pytest.raises(ValueError) as error:
         invert(bench, {"samples": torch.zeros(1, 4, 16, 16)}, model=model)
     one_sentence(error, "MODEL from before the edit")
+
+
+def test_another_caption_is_said(bench, caplog):
+    other = replace(bench.trajectory, header={**bench.trajectory.header, "prompt": "a red square"})
+    swap(bench, trajectory=bench.trajectory)
+    assert not caplog.records
+    swap(bench, trajectory=other)
+    assert 'was made under "a red square", but the source prompt is' in caplog.text
 
 
 def test_a_word_that_is_not_there(bench):
