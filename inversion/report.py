@@ -61,7 +61,7 @@ def table(ceiling, rows, true):
     for row in (ceiling, *rows):
         value = psnr(row.pictures, true)
         error = "" if row.drift is None else f"{100 * float(row.drift[-1]):.1f} %"
-        below = "" if row is ceiling else f"{best - value:.1f}"
+        below = "" if row is ceiling else f"{round(best - value, 1) + 0.0:.1f}"
         lines.append(
             f"| {row.name} | {value:.1f} | {below} | {structural_similarity(row.pictures, true):.3f} | {error} |"
         )
@@ -83,12 +83,14 @@ def verdict(ceiling, plain, guided, guidance, learned, true):
         return " ".join(said)
     step = leaves(guided.drift)
     said.append(
-        f"Guidance {guidance:g} drifts from step {step} of {len(guided.drift) - 1} on and ends {best - led:.1f} dB "
-        "below the VAE."
+        f"At guidance {guidance:g} it drifts from step {step} of {len(guided.drift) - 1} on and ends "
+        f"{best - led:.1f} dB below the VAE."
     )
     if learned:
-        said.append("More inner steps, or null-text inversion at this very guidance, would bring it closer.")
-    else:
+        said.append(
+            "More inner steps, a higher learning rate, or learning at this very guidance would bring it closer."
+        )
+    elif alone - led > GOOD / 3:  # else guidance is not what drives it off
         said.append("Use null-text inversion, or an edit with a pinned source, which every Attune edit has.")
     if best - alone > GOOD:
         said.append(
@@ -102,6 +104,6 @@ def leaves(drift, bound=0.05):
     """The first step at whose end the drift is above ``bound`` and stays there; the worst one if it never is."""
     above = (drift > bound).tolist()
     if not above[-1]:
-        return int(drift.argmax())
+        return max(1, int(drift.argmax()))
     last_inside = max((i for i, out in enumerate(above) if not out), default=0)
     return min(last_inside + 1, len(above) - 1)

@@ -34,6 +34,8 @@ sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
+TEXT_FRAME = bytes([0, 0, 0, 3])  # how ComfyUI marks what a node says while it works
+
 
 class HostError(RuntimeError):
     """Something about ComfyUI that the developer should read as one message."""
@@ -239,8 +241,14 @@ class Server:
             raise HostError(explain_refusal(prompt, json.dumps(reply).encode()))
         return reply["prompt_id"]
 
-    def run(self, prompt: dict, on_progress: Callable[[str, int, int], None] | None = None, timeout: float = 1800):
-        """Run an API prompt and return its history entry. `on_progress` gets node id, step and number of steps."""
+    def run(
+        self, prompt: dict, on_progress: Callable[[str, int, int], None] | None = None, timeout: float = 1800,
+        on_text: Callable[[str, str], None] | None = None,
+    ):  # fmt: skip
+        """Run an API prompt and return its history entry.
+
+        `on_progress` gets node id, step and number of steps; `on_text` node id and what a node says while it works.
+        """
         client_id = uuid.uuid4().hex
         deadline = time.monotonic() + timeout
         with WebSocket(self.port, f"/ws?clientId={client_id}") as socket_:
@@ -250,10 +258,13 @@ class Server:
                     self.interrupt(prompt_id)
                     raise HostError(f"The prompt did not finish within {timeout:.0f} s.{self.log_tail()}")
                 self.check_alive()
-                text = socket_.receive(1.0)
-                if text is None:
+                message = socket_.receive(1.0)
+                if isinstance(message, bytes) and message[:4] == TEXT_FRAME and on_text:
+                    end = 8 + int.from_bytes(message[4:8], "big")
+                    on_text(message[8:end].decode(), message[end:].decode())
+                if not isinstance(message, str):
                     continue
-                event = json.loads(text)
+                event = json.loads(message)
                 data = event.get("data", {})
                 if data.get("prompt_id") != prompt_id:
                     continue
@@ -283,7 +294,7 @@ class Server:
 
 
 class WebSocket:
-    """Just enough of RFC 6455 to read a server's text messages."""
+    """Just enough of RFC 6455 to read a server's messages."""
 
     def __init__(self, port: int, path: str):
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
@@ -313,8 +324,8 @@ class WebSocket:
             data += part
         return data
 
-    def receive(self, timeout: float) -> str | None:
-        """The next text message, or None if there is none in time or it was a picture."""
+    def receive(self, timeout: float) -> str | bytes | None:
+        """The next message, or None if there is none in time."""
         if not select.select([self.socket], [], [], timeout)[0]:
             return None
         message, kind, final = b"", 0, False
@@ -336,7 +347,7 @@ class WebSocket:
                 continue
             kind = kind or opcode
             message += payload
-        return message.decode() if kind == 1 else None
+        return message.decode() if kind == 1 else message
 
 
 def free_port() -> int:

@@ -18,35 +18,17 @@ def word_swap(steps=12, seed=3, size=128):
     prompt = workflow.load(workflow.DEMO)
     prompt[workflow.find(prompt, INVERSION)]["inputs"]["steps"] = steps
     prompt[workflow.find(prompt, "AttuneDemoScene")]["inputs"].update(seed=seed, size=size)
-    keep, todo = set(), [workflow.find(prompt, RESULT)]
-    while todo:
-        node = todo.pop()
-        keep.add(node)
-        todo += [value[0] for value in prompt[node]["inputs"].values() if isinstance(value, list)]
-    return {node: entry for node, entry in prompt.items() if node in keep}
+    return workflow.cut(prompt, RESULT)
 
 
 def edit(server, prompt):
     return workflow.pixels(server, workflow.saved(prompt, server.run(prompt))[RESULT])
 
 
-def forget(server):
-    """Makes ComfyUI drop its models and cached results. It does so between two prompts, so one must follow."""
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    server.run({
-        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
-        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
-    })  # fmt: skip
-
-
-def was_cached(entry):
-    return {node for kind, data in entry["status"]["messages"] if kind == "execution_cached" for node in data["nodes"]}
-
-
 @pytest.fixture(scope="module")
 def undisturbed(server):
     """The edited picture of a run with nothing before it, and where the server keeps it."""
-    forget(server)
+    workflow.forget(server)
     prompt = word_swap()
     image = workflow.saved(prompt, server.run(prompt))[RESULT]
     return image, workflow.pixels(server, image)
@@ -107,7 +89,7 @@ def test_bad_input_is_shown_on_the_node_and_does_no_harm(server, undisturbed, sp
 
 @pytest.mark.parametrize("culprit", [INVERSION, SAMPLER])
 def test_cancel_stops_at_once_and_leaves_nothing_behind(server, undisturbed, culprit):
-    forget(server)
+    workflow.forget(server)
     prompt = word_swap()
     node, seen = workflow.find(prompt, culprit), []
 
@@ -134,7 +116,7 @@ def test_the_same_prompt_draws_the_same_pixels(server, undisturbed):
     prompt[workflow.find(prompt, RESULT)]["inputs"]["filename_prefix"] = "attune/again"
     entry = server.run(prompt)
     ran_again = {workflow.find(prompt, INVERSION), workflow.find(prompt, SWAP), workflow.find(prompt, SAMPLER)}
-    assert not ran_again & was_cached(entry)
+    assert not ran_again & workflow.was_cached(entry)
     assert np.array_equal(workflow.pixels(server, workflow.saved(prompt, entry)[RESULT]), undisturbed[1])
 
 
@@ -143,7 +125,7 @@ def test_a_changed_edit_reuses_the_inversion(server, undisturbed):
     prompt = word_swap()
     prompt[workflow.find(prompt, SWAP)]["inputs"]["self_end"] = 0.0
     entry = server.run(prompt)
-    assert workflow.find(prompt, INVERSION) in was_cached(entry)
+    assert workflow.find(prompt, INVERSION) in workflow.was_cached(entry)
     assert not np.array_equal(workflow.pixels(server, workflow.saved(prompt, entry)[RESULT]), undisturbed[1])
 
 

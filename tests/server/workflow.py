@@ -6,6 +6,7 @@ import json
 import numpy as np
 from PIL import Image
 
+from attune.demo import scenes
 from attune.tests import host
 
 FOLDER = host.ROOT / "workflows"
@@ -23,13 +24,72 @@ def find(prompt: dict, key: str) -> str:
     return found
 
 
+def cut(prompt: dict, *keys: str) -> dict:
+    """The nodes with these titles or classes, and what they need."""
+    keep, todo = set(), [find(prompt, key) for key in keys]
+    while todo:
+        node = todo.pop()
+        keep.add(node)
+        todo += [value[0] for value in prompt[node]["inputs"].values() if isinstance(value, list)]
+    return {node: entry for node, entry in prompt.items() if node in keep}
+
+
 def saved(prompt: dict, entry: dict) -> dict[str, dict]:
     """What each node that saves pictures tells about its only one, under the node's title."""
     assert entry["status"]["status_str"] == "success", entry["status"]
-    outputs = {prompt[node]["_meta"]["title"]: result["images"] for node, result in entry["outputs"].items()}
+    shown = {prompt[node]["_meta"]["title"]: result for node, result in entry["outputs"].items()}
+    outputs = {title: result["images"] for title, result in shown.items() if "images" in result}
     assert all(len(images) == 1 for images in outputs.values()), outputs
     return {title: images[0] for title, images in outputs.items()}
 
 
 def pixels(server: host.Server, image: dict) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(server.view(image))))
+
+
+def forget(server):
+    """Makes ComfyUI drop its models and cached results. It does so between two prompts, so one must follow."""
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.run({
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+    })  # fmt: skip
+
+
+def was_cached(entry):
+    return {node for kind, data in entry["status"]["messages"] if kind == "execution_cached" for node in data["nodes"]}
+
+
+# -- the demo world in Stable Diffusion's place -----------------------------------------------------------------------
+
+SOURCE = "a red circle and a blue square on a gray background"
+TARGET = "a yellow circle and a blue square on a gray background"
+SEED, SIDE = 3, 128
+
+
+def in_the_demo_world(prompt: dict) -> dict:
+    """The same workflow on the demo model and a picture with a known answer."""
+    for node in prompt.values():
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind == "CheckpointLoaderSimple":
+            node.update(class_type="AttuneDemoCheckpoint", inputs={})
+        elif kind == "LoadImage":
+            node.update(class_type="AttuneDemoScene", inputs={"caption": SOURCE, "seed": SEED, "size": SIDE})
+        elif kind in ("ImageScale", "EmptyLatentImage"):
+            inputs.update(width=SIDE, height=SIDE)
+        elif kind == "AttunePromptSwap":
+            inputs.update(target_prompt=TARGET, self_end=0.8)
+        elif kind == "AttuneLoadTrajectory":
+            inputs["file"] = "demo " + inputs["file"]
+        for name, text in (("value", SOURCE), ("text", TARGET)):
+            if node["_meta"]["title"] in ("Source prompt", "Target prompt") and name in inputs:
+                inputs[name] = text
+        if "filename_prefix" in inputs:
+            inputs["filename_prefix"] = "demo " + inputs["filename_prefix"]
+    return prompt
+
+
+def scene() -> np.ndarray:
+    """The picture that such a workflow works on, as floats in 0..255."""
+    picture = scenes.render(scenes.scene_from_caption(SOURCE, np.random.default_rng(SEED)), SIDE)[0]
+    return 255.0 * picture

@@ -153,6 +153,6 @@ def test_verdicts_can_be_acted_on():
     assert said(vae, good, good) == "At guidance 7.5 the picture comes back as well as the VAE lets it."
     assert "drifts from step 3 of 4 on" in said(vae, good, bad) and "Use null-text" in said(vae, good, bad)
     assert "More inner steps" in said(vae, good, bad, learned=True)
-    assert "a refinement or two" in said(vae, bad, bad)
+    assert "a refinement or two" in said(vae, bad, bad) and "null-text" not in said(vae, bad, bad)
     assert "The VAE cannot hold this detail" in said(Row("VAE alone", poor), poor, poor)
     assert leaves(torch.tensor([0.0, 0.01, 0.03])) == 2 and leaves(torch.tensor([0.2, 0.2])) == 1
