@@ -56,8 +56,11 @@ def learn(model, trajectory, negative, settings, node_id=None):
         ) from problem
     except BaseException:
         if last is not None and last.nulls:
-            keep(last, path)
-            note(f"stopped after step {len(last.nulls)} of {steps}; the same settings go on from there")
+            try:
+                keep(last, path)
+                note(f"stopped after step {len(last.nulls)} of {steps}; the same settings go on from there")
+            except OSError as problem:  # a full disk must not hide why the run stopped
+                note(f"stopped after step {len(last.nulls)} of {steps}, which could not be kept ({problem})")
         raise
     path.unlink(missing_ok=True)
     flat = [loss for pictures in done.losses for losses in pictures for loss in losses]

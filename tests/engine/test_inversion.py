@@ -21,6 +21,7 @@ import nodes as stock
 from attune.attention_patches.host import PROMPT
 from attune.demo import model as demo_model
 from attune.inversion import host as runs
+from attune.inversion import unfinished
 from attune.nodes import invert, trajectory
 from attune.nodes.demo import AttuneDemoScene
 from attune.nodes.edit import AttunePromptSwap
@@ -386,6 +387,20 @@ def test_what_was_learned_for_other_settings_is_not_used(bench, inverted, tempor
     for file in (temporary / "temp").rglob("*.safetensors"):
         file.write_bytes(b"damaged")
     null_text(bench, inverted)  # begins anew
+
+
+def test_a_full_disk_does_not_hide_the_cancel(bench, inverted, monkeypatch):
+    def full(progress, path):
+        raise OSError("No space left on device")
+
+    said = []
+    monkeypatch.setattr(unfinished, "keep", full)
+    monkeypatch.setattr(runs, "say", lambda node, text: said.append(text))
+    handle, _ = fail_at(bench, 13, InterruptProcessingException())
+    with pytest.raises(InterruptProcessingException):
+        null_text(bench, inverted)
+    handle.remove()
+    assert "could not be kept (No space left on device)" in said[-1]
 
 
 def test_cancel_is_seen_in_the_inner_loop(bench, inverted):
