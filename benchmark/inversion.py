@@ -21,8 +21,9 @@ import torch
 
 from ..demo import model as demo_model
 from ..demo import scenes
-from ..demo.measure import Bench, call, psnr, save
+from ..demo.measure import Bench, call, save
 from ..inversion import ddim, gradient, host, null_text
+from ..inversion.report import psnr
 from ..inversion.trajectory import negative_of
 from ..nodes import invert
 from . import reference, to_diffusers
@@ -48,9 +49,7 @@ def quality(bench, batch=8):
         empty = bench.text("")
 
         def keep(name, path, back=back, trajectory=trajectory):
-            back.setdefault(name, []).append(
-                bench.decode({"samples": host.host_latent(replace(trajectory, latents=path), -1)})
-            )
+            back.setdefault(name, []).append(host.decode(bench.vae, trajectory, path[-1]))
 
         def draw(trajectory, negative, guidance=bench.guidance):
             return host.draw_again(bench.model, trajectory, negative, guidance)
@@ -64,7 +63,7 @@ def quality(bench, batch=8):
         log.info("%d of %d pictures", min(first + batch, len(drawn)), len(drawn))
     back = {name: torch.cat(parts) for name, parts in back.items()}
     save("inversions.png", [p for rows in zip(pictures, *back.values(), strict=True) for p in rows][: 7 * 8], 7)
-    values = {name: psnr((p - pictures).square()) for name, p in back.items()}
+    values = {name: psnr(p, pictures) for name, p in back.items()}
     best = values["autoencoder"]
     return {
         name: {"PSNR dB": round(v, 2), "below the autoencoder dB": round(best - v, 2)} for name, v in values.items()
@@ -155,9 +154,9 @@ def speed(bench):
             windows = host.windows(bench.model, trajectory.sigmas)
             learned = replace(trajectory, negative=empty, nulls=nulls, windows=windows)
             path = host.draw_again(bench.model, learned, negative_of(learned), bench.guidance)
-            again = bench.decode({"samples": host.host_latent(replace(trajectory, latents=path), -1)})
+            again = host.decode(bench.vae, trajectory, path[-1])
             row = totals.setdefault(name, {"PSNR dB": [], "seconds": [], "rows": [], "gradient rows": [], "shares": []})
-            row["PSNR dB"].append(psnr((again - pictures[i : i + 1]).square()))
+            row["PSNR dB"].append(psnr(again, pictures[i : i + 1]))
             row["seconds"].append(clock.total)
             row["rows"].append(sum(clock.rows.values()))
             row["gradient rows"].append(clock.rows["with gradient"])

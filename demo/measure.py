@@ -23,6 +23,7 @@ import nodes as stock
 
 from ..attention_patches import host, maps
 from ..inversion import host as runs
+from ..inversion.report import decibels
 from ..nodes import demo, edit, invert, sheet
 from . import checker, scenes
 
@@ -36,11 +37,6 @@ def call(node, *args, **kwargs):
     if hasattr(node, "execute"):
         return node.execute(*args, **kwargs).result
     return getattr(node(), node.FUNCTION)(*args, **kwargs)
-
-
-def psnr(error):
-    """Mean dB over pictures of (B, ...) squared errors in 0..1 units."""
-    return float((-10 * torch.log10(error.flatten(1).mean(1).clamp(min=1e-10))).mean())
 
 
 class Bench:
@@ -154,12 +150,14 @@ def measure_inversion(bench):
     captions = bench.text(*(scenes.caption(s) for s in drawn))
     latent = bench.encode(pictures)
     _, noise, sigmas = bench.invert(latent, captions)
-    out = {"autoencoder dB": round(psnr((bench.decode(latent) - pictures).square()), 2)}
+    out = {"autoencoder dB": round(decibels((bench.decode(latent) - pictures).square()), 2)}
     for guidance in (1.0, 3.0, 7.5):
         back = bench.sample(bench.model, captions, guidance, sigmas, noise)
-        out[f"reconstruction at guidance {guidance:g} dB"] = round(psnr((back - pictures).square()), 2)
+        out[f"reconstruction at guidance {guidance:g} dB"] = round(decibels((back - pictures).square()), 2)
         if guidance == 1:
-            out["the same against the autoencoder's own dB"] = round(psnr((back - bench.decode(latent)).square()), 2)
+            out["the same against the autoencoder's own dB"] = round(
+                decibels((back - bench.decode(latent)).square()), 2
+            )
     return out
 
 
@@ -191,7 +189,7 @@ def measure_edits(bench, cross=0.8, self_=0.8, margin=4):
         for name, picture in zip(names, (edited, plain, truth), strict=True):
             error = (picture - again).square()[0]
             right = checker.color_of(picture[0][mask > 0.99].numpy()) == color
-            marks[name].append((right, psnr(error[mask == 0][None]), psnr(error[off][None])))
+            marks[name].append((right, decibels(error[mask == 0][None]), decibels(error[off][None])))
         shown += [pictures[i], again[0], edited[0], plain[0]]
         log.info("edit %d of %d: %s -> %s, %s", i + 1, len(drawn), before, color, marks[names[0]][-1])
     save("edits.png", shown, 8)

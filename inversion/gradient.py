@@ -44,6 +44,17 @@ def ordinary(network):
 KEPT = {False: 5, True: 24}
 
 
+def _cheapest(costs, budget):
+    """As many keys of ``costs`` as fit in ``budget`` together, the cheapest first."""
+    kept, spent = set(), 0
+    for key, cost in sorted(costs.items(), key=lambda item: item[1]):
+        spent += cost
+        if spent > budget:
+            break
+        kept.add(key)
+    return kept
+
+
 @contextlib.contextmanager
 def checkpointed(modules, is_transformer, budget):
     """In it, of ``modules`` only so many keep their activations for backward as fit in ``budget`` bytes; the others
@@ -51,27 +62,24 @@ def checkpointed(modules, is_transformer, budget):
 
     ``is_transformer(module)`` tells the two kinds of :data:`KEPT` apart.
     """
-    theirs, costs, keeping = [], {}, set()
+    theirs, costs, keeping = [], {}, None
 
-    def plan():
-        spent = 0
-        for module, cost in sorted(costs.items(), key=lambda item: item[1]):
-            spent += cost
-            if spent > budget:
-                break
-            keeping.add(module)
+    def cost(module, x):
+        # Weights that are cast to another precision are kept as well.
+        cast = sum(p.numel() for p in module.parameters() if p.dtype != x.dtype)
+        return (KEPT[is_transformer(module)] * x.numel() + cast) * x.element_size()
 
     def wrapped(module, forward):
         def run(x, *args, **kwargs):
+            nonlocal keeping
             if not torch.is_grad_enabled():
                 return forward(x, *args, **kwargs)
-            if module in costs and not keeping:
-                plan()
-            if module in keeping:
+            if module not in costs:
+                costs[module] = cost(module, x)
+            elif keeping is None:
+                keeping = _cheapest(costs, budget)
+            if keeping and module in keeping:
                 return forward(x, *args, **kwargs)
-            # Weights that are cast to another precision are kept as well.
-            cast = sum(p.numel() for p in module.parameters() if p.dtype != x.dtype)
-            costs[module] = (KEPT[is_transformer(module)] * x.numel() + cast) * x.element_size()
             # Options are written to as the network runs; when it runs again they must say what they said here.
             args = [dict(a) if isinstance(a, dict) else a for a in args]
             kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}

@@ -35,10 +35,14 @@ def fit(image, pictures):
     return image[:, top : top + wanted[0], left : left + wanted[1], :3].expand(theirs, -1, -1, -1)
 
 
+def decibels(error):
+    """Mean over pictures of the peak signal-to-noise ratio in dB, for (B, ...) squared errors in 0..1 units."""
+    return float((-10 * torch.log10(error.flatten(1).mean(1).clamp(min=1e-10))).mean())
+
+
 def psnr(ours, true):
-    """Mean over pictures of the peak signal-to-noise ratio in dB, for (B, H, W, C) in 0..1."""
-    error = (ours - true).square().flatten(1).mean(1).clamp(min=1e-10)
-    return float((-10 * torch.log10(error)).mean())
+    """The same for (B, H, W, C) pictures in 0..1."""
+    return decibels((ours - true).square())
 
 
 def structural_similarity(ours, true):

@@ -4,7 +4,8 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..attention_patches.host import check_plain
-from ..inversion import file, host, report
+from ..inversion import file as files
+from ..inversion import host, report
 from ..inversion.trajectory import check_same_model, check_whole, negative_of
 from . import schema, sheet
 
@@ -45,7 +46,7 @@ class AttuneSaveTrajectory(io.ComfyNode):
     @classmethod
     def execute(cls, trajectory, filename_prefix):
         path, subfolder, name = host.new_trajectory_path(filename_prefix)
-        file.save(trajectory, path, host.versions())
+        files.save(trajectory, path, host.versions())
         listed = f"{subfolder}/{name}" if subfolder else name
         return io.NodeOutput(listed.replace("\\", "/") + host.OUTPUT, ui={"text": (f"saved as {listed}",)})
 
@@ -94,12 +95,8 @@ class AttuneLoadTrajectory(io.ComfyNode):
 
     @classmethod
     def execute(cls, file):
-        trajectory = load(file)
+        trajectory = files.load(host.trajectory_path(file))
         return io.NodeOutput(trajectory, trajectory.header.get("prompt") or "")
-
-
-def load(name):
-    return file.load(host.trajectory_path(name))
 
 
 class AttuneTrajectoryLatent(io.ComfyNode):

@@ -88,20 +88,6 @@ def model_in(dtype, compute=None):
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
-def v_model(bench):
-    """The demo model behind a network that speaks v: the same predictions, another parametrisation."""
-    model = outputs(advanced.ModelSamplingDiscrete, bench.model, "v_prediction", False)[0]
-    sampling = model.get_model_object("model_sampling")
-
-    def as_v(executor, x, t, *args, **kwargs):
-        sigma = sampling.sigma(t).view(-1, 1, 1, 1)
-        return executor(x, t, *args, **kwargs) * (1 + sigma**2).sqrt() - x * sigma
-
-    # Not under the wrapper of diffusion models, which inversion strips as caching packs use it.
-    inner = model.model.diffusion_model
-    return model, inner, as_v
-
-
 # ---- DDIM --------------------------------------------------------------------------------------------------------
 
 
@@ -134,8 +120,9 @@ def test_an_empty_source_prompt(bench, latent):
 def test_v_prediction_walks_the_same_way(bench, latent, monkeypatch):
     plain = ddim(bench, latent, steps=5)[0]
     taught = null_text(bench, plain, inner=2)[0]
-    model, unet, _ = v_model(bench)
-    sampling, forward = model.get_model_object("model_sampling"), unet.forward
+    model = outputs(advanced.ModelSamplingDiscrete, bench.model, "v_prediction", False)[0]
+    unet, sampling = model.model.diffusion_model, model.get_model_object("model_sampling")
+    forward = unet.forward
 
     def speaks_v(x, timesteps=None, *args, **kwargs):
         sigma = sampling.sigma(timesteps).view(-1, 1, 1, 1)
