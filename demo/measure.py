@@ -78,6 +78,7 @@ class Bench:
 def save(name, pictures, columns=8):
     """Pictures (B, H, W, 3) as one sheet."""
     tiles = [sheet.to_pil(p) for p in pictures]
+    RUN.mkdir(exist_ok=True)
     sheet.rows_of(tiles, columns).save(RUN / name)
 
 
@@ -219,7 +220,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    RUN.mkdir(exist_ok=True)
     card = HERE / "weights" / "quality.json"
     for name, (measure, count) in PARTS.items():
         if args.part not in (name, "all"):
