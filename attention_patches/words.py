@@ -1,19 +1,18 @@
-"""Words, the tokens they are made of, and the map that carries attention from one prompt's words to another's."""
+"""Words, the tokens they are made of, and what users write about words in a line of text."""
 
+import re
 from dataclasses import dataclass
-from difflib import SequenceMatcher
-
-import torch
 
 CHUNK = 77  # CLIP reads a prompt in pieces of 77 tokens, each with its own start, end and padding
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a prompt and the positions of its tokens in the text embedding."""
+    """A word of a prompt, the positions of its tokens in the text embedding, and what tells one token from another."""
 
     text: str
     positions: tuple
+    keys: tuple
 
 
 @dataclass(frozen=True)
@@ -28,24 +27,44 @@ class Tokens:
     def length(self):
         return CHUNK * self.chunks
 
+    @property
+    def keys(self):
+        """For every position that belongs to a word, in order: (position, what tells its token from others)."""
+        return [pair for w in self.words for pair in zip(w.positions, w.keys, strict=True)]
+
     def find(self, word):
         """The positions of every occurrence of a word (or of several words in a row), one tuple each.
 
-        Raises ValueError when the prompt does not hold it.
+        Spaces do not matter, since a tokenizer also cuts at hyphens and apostrophes. Raises ValueError when the prompt
+        does not hold it.
         """
-        wanted = word.lower().split()
-        texts = [w.text for w in self.words]
-        found = [
-            tuple(p for w in self.words[i : i + len(wanted)] for p in w.positions)
-            for i in range(len(texts) - len(wanted) + 1)
-            if wanted and texts[i : i + len(wanted)] == wanted
-        ]
+        wanted = "".join(word.lower().split())
+        texts = [w.text.lower() for w in self.words]
+        found = []
+        for i in range(len(texts)):
+            for j in range(i + 1, len(texts) + 1):
+                run = "".join(texts[i:j])
+                if wanted and run == wanted:
+                    found.append(tuple(p for w in self.words[i:j] for p in w.positions))
+                if len(run) >= len(wanted):
+                    break
         if not found:
             raise ValueError(
-                f'The word "{word}" is not in the prompt "{self.prompt}", whose words are: {", ".join(texts)}. '
-                "Change the word or the prompt on the Attune node."
+                f'The word "{word}" is not in the prompt "{self.prompt}", whose words are: '
+                f"{', '.join(w.text for w in self.words)}. Change the word or the prompt on the Attune node."
             )
         return found
+
+    def positions(self, words):
+        """The positions of all occurrences of all ``words``, as one tuple. Raises ValueError as :meth:`find`."""
+        return tuple(p for word in words for found in self.find(word) for p in found)
+
+    def holds(self, word):
+        """Whether the prompt holds a word."""
+        try:
+            return bool(self.find(word))
+        except ValueError:
+            return False
 
 
 def group_words(prompt, chunks):
@@ -54,74 +73,63 @@ def group_words(prompt, chunks):
     ``chunks`` holds, for each chunk, the text pieces between its start and its end token in order; a piece that
     ends a word ends in "</w>" as in CLIP's vocabulary. A word cut by a chunk's border goes on in the next.
     """
-    words, text, positions = [], "", ()
+    words, text, positions, keys = [], "", (), ()
     for number, pieces in enumerate(chunks):
         for index, piece in enumerate(pieces):
+            # A learned embedding's vectors have no letters of their own.
+            keys += ((text, index) if piece in ("", "</w>") else piece,)
             text += piece.removesuffix("</w>")
             positions += (CHUNK * number + 1 + index,)
             if piece.endswith("</w>"):
-                words.append(Word(text, positions))
-                text, positions = "", ()
+                words.append(Word(text, positions, keys))
+                text, positions, keys = "", (), ()
     if positions:
-        words.append(Word(text, positions))
+        words.append(Word(text, positions, keys))
     return Tokens(prompt, tuple(words), len(chunks))
 
 
-def check_same_count(source, target):
-    """Raises ValueError when the prompts have different numbers of words: then words were added or taken away."""
-    ours, theirs = [w.text for w in source.words], [w.text for w in target.words]
-    if len(ours) == len(theirs):
-        return
-    changes = [
-        f'"{" ".join(ours[a:b])}" -> "{" ".join(theirs[c:d])}"'
-        for kind, a, b, c, d in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes()
-        if kind != "equal"
-    ]
-    raise ValueError(
-        f"The source prompt has {len(ours)} words and the target prompt {len(theirs)} ({', '.join(changes)}), but a "
-        "word swap needs one word for each word; write as many words in both prompts of Attune Prompt Swap."
-    )
+# ---- what users write ---------------------------------------------------------------------------------------------
 
 
-def _frame(tokens, chunk, chunks):
-    """Positions of a chunk's end and padding; the last of ``chunks`` takes in the frames of all that follow it."""
-    last = tokens.chunks if chunk == chunks - 1 else chunk + 1
-    taken = {p for w in tokens.words for p in w.positions}
-    return [p for p in range(CHUNK * chunk + 1, CHUNK * last) if p not in taken]
+def read_list(text):
+    """The words of a line of text: what stands between commas or line ends."""
+    return [part.strip() for part in re.split(r"[,\n]", text) if part.strip()]
 
 
-def _share(mapper, ours, theirs):
-    """Lets ``theirs`` read ``ours`` one to one as far as both reach; the last of the shorter takes the rest.
+def _read_pairs(text, read, what):
+    """``word: value`` pairs, as (word, value). Raises ValueError for what is no such pair."""
+    pairs = []
+    for part in read_list(text):
+        word, colon, value = part.rpartition(":")
+        try:
+            if not colon or not word.strip():
+                raise ValueError
+            pairs.append((word.strip(), read(value.strip())))
+        except ValueError:
+            raise ValueError(f'"{part}" is not {what}; correct it on the Attune node.') from None
+    return pairs
 
-    Every source column is handed out exactly once in total, so no attention is lost or doubled.
+
+def _number(text):
+    number = float(text)
+    if not abs(number) < 1e6:  # nan and inf, too
+        raise ValueError
+    return number
+
+
+def read_factors(text):
+    """(word, factor) pairs of "red: 2, circle: -0.5". Raises ValueError for what is none."""
+    return _read_pairs(text, _number, 'a word and its factor, such as "red: 2"')
+
+
+def read_stretches(text):
+    """(word, (start, end)) pairs of "red: 0.4, circle: 0.2-0.6", shares of the steps; one number is the end.
+
+    Raises ValueError for what is none.
     """
-    pairs = max(len(ours), len(theirs))
-    shares = [theirs[min(i, len(theirs) - 1)] for i in range(pairs)]
-    reads = [ours[min(i, len(ours) - 1)] for i in range(pairs)]
-    for s, t in zip(reads, shares, strict=True):
-        mapper[s, t] = 1 / reads.count(s)
 
+    def read(value):
+        start, dash, end = value.rpartition("-")
+        return (_number(start) if dash else 0.0), _number(end)
 
-def swap_map(source, target):
-    """The (T_source, T_target) matrix that turns the source prompt's maps into the target's (Prompt-to-Prompt 3.2).
-
-    Words stand for words in order. A swapped word with another number of tokens spreads its attention: every source
-    token gives 1/n to each of the target word's n tokens, so the word's attention stays what it was. The reference
-    code counts all that follows such a word from the wrong place; this map does not. Start, end and padding stand
-    for themselves, chunk by chunk; where one prompt has more chunks, its last ones share with the other's last.
-
-    Raises ValueError when the numbers of words differ.
-    """
-    check_same_count(source, target)
-    mapper = torch.zeros(source.length, target.length)
-    for ours, theirs in zip(source.words, target.words, strict=True):
-        if len(ours.positions) == len(theirs.positions):
-            mapper[list(ours.positions), list(theirs.positions)] = 1
-        else:
-            for s in ours.positions:
-                mapper[s, list(theirs.positions)] = 1 / len(theirs.positions)
-    chunks = min(source.chunks, target.chunks)
-    for chunk in range(chunks):
-        mapper[CHUNK * chunk, CHUNK * chunk] = 1
-        _share(mapper, _frame(source, chunk, chunks), _frame(target, chunk, chunks))
-    return mapper
+    return _read_pairs(text, read, 'a word and its share of the steps, such as "red: 0.4" or "red: 0.1-0.6"')

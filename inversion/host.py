@@ -405,6 +405,11 @@ def draw_again(model, trajectory, negative, guidance):
     return walk(model, trajectory.conditioning, start, trajectory.sigmas, body, negative, guidance).cpu()
 
 
+def to_pixels(mask):
+    """A MASK (B, 8h, 8w) from one in the latent's size; SD's latents are an eighth of the picture."""
+    return mask.repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+
 def decode(vae, trajectory, latent):
     """Pictures (B, H, W, 3) in 0..1 of a latent in the trajectory's scale."""
     return vae.decode(_format(trajectory).process_out(latent))

@@ -1,24 +1,121 @@
 """Edits: a MODEL that draws the target while reading the source."""
 
 import logging
+from dataclasses import replace
 
-from comfy_api.latest import io
+import torch
+from comfy_api.latest import io, ui
 
 from ..attention_patches import host
-from ..attention_patches.prompt_swap import PromptSwap
+from ..attention_patches.alignment import align, refine_map, swap_map
+from ..attention_patches.embedding_control import control
+from ..attention_patches.local_blend import BlendWords, LocalBlend, changed
+from ..attention_patches.prompt_to_prompt import PromptToPrompt
 from ..attention_patches.reference import Reference
+from ..attention_patches.reweight import Reweight
 from ..attention_patches.values import Window
-from ..attention_patches.words import swap_map
+from ..attention_patches.words import read_factors, read_list, read_stretches
 from ..inversion import host as runs
-from ..inversion.trajectory import check_same_model
+from ..inversion.trajectory import check_same_model, negative_of, one_text
 from . import schema
 
 log = logging.getLogger("attune")
+CROSS, SELF = "cross_start to cross_end", "self_start to self_end"
+
+
+# ---- what the edits share ----------------------------------------------------------------------------------------
 
 
 def share(name, default, tooltip):
     """A place in the sampling, as a share of its steps."""
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.05, round=0.001, tooltip=tooltip)
+
+
+def source_inputs():
+    return [
+        io.Model.Input("model", tooltip="The model that the trajectory was made with; other edits may be on it."),
+        io.Clip.Input("clip", tooltip="The checkpoint's text encoder; it reads the prompts."),
+        schema.Trajectory.Input("trajectory", tooltip="The source picture, from an Attune inversion."),
+    ]
+
+
+def prompt_inputs(source, target, tooltip):
+    return [
+        io.String.Input(
+            "source_prompt",
+            multiline=True,
+            default=source,
+            tooltip="The picture's caption as it is. It should name what you want to change.",
+        ),
+        io.String.Input("target_prompt", multiline=True, default=target, tooltip=tooltip),
+    ]
+
+
+def window_inputs():
+    return [
+        share(
+            "cross_start",
+            0.0,
+            "Share of the trajectory's steps after which words look where the source's words looked. Start and "
+            "end equal switch this part off.",
+        ),
+        share(
+            "cross_end",
+            0.8,
+            "Share of the steps until which they do. Higher keeps the old layout more strictly; lower lets the "
+            "new words change the shape of things.",
+        ),
+        share("self_start", 0.0, "Share of the steps after which the picture is put together as the source is."),
+        share(
+            "self_end",
+            0.4,
+            "Share of the steps until which it is. Higher keeps outlines and background; lower gives the edit "
+            "room. Lower this first when an edit does not show.",
+        ),
+        io.Int.Input(
+            "token_limit",
+            default=1024,
+            min=0,
+            max=1 << 20,
+            tooltip=(
+                "The structure is kept only in layers with at most this many picture tokens: 256 is 16x16, "
+                "1024 is 32x32 (the papers' code uses either). Lower leaves finer detail to the edit."
+            ),
+        ),
+    ]
+
+
+def word_inputs():
+    return [
+        io.String.Input(
+            "word_windows",
+            default="",
+            tooltip=(
+                'A stretch of the steps of its own for single words of the target, such as "star: 0.4" (until 0.4) or '
+                '"red: 0.1-0.6", with commas between. A shorter stretch lets just this word change its shape.'
+            ),
+        ),
+        io.String.Input(
+            "preserve",
+            default="",
+            tooltip=(
+                "Keeps only these words of the target where they are, with commas between, and leaves the rest of the "
+                "picture to the prompt. Lower self_end, too, to give the rest room. Empty keeps all words."
+            ),
+        ),
+    ]
+
+
+def edit_outputs():
+    return [
+        # An output may not share its id with an input.
+        io.Model.Output(
+            "edited", display_name="model", tooltip="Draws the edit. The model that came in is not changed."
+        ),
+        io.Conditioning.Output(
+            "positive", display_name="positive", tooltip="The target prompt: connect it to the sampler's positive."
+        ),
+    ]
 
 
 def warn_of_another_caption(trajectory, prompt, node_id):
@@ -28,6 +125,49 @@ def warn_of_another_caption(trajectory, prompt, node_id):
         warning = f'The TRAJECTORY was made under "{made_under}", but the source prompt is "{prompt}".'
         log.warning(warning)
         runs.say(node_id, warning)
+
+
+def source_of(model, clip, trajectory, prompt, node_id):
+    """The trajectory as the reference that edits read, under its prompt."""
+    host.check_unet(model)
+    check_same_model(trajectory, runs.describe_model(model))
+    warn_of_another_caption(trajectory, prompt, node_id)
+    conditioning = host.encode(clip, prompt)
+    return Reference("source", trajectory.sigmas, trajectory.latents, conditioning, trajectory.steps)
+
+
+def edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_limit, word_windows, preserve):
+    """A MODEL with the words of ``prompts`` (source, target) exchanged by ``mapping``'s map, and the positive."""
+    node_id = schema.node_id(cls)
+    reference = source_of(model, clip, trajectory, prompts[0], node_id)
+    source, target = (host.read_words(clip, prompt) for prompt in prompts)
+    mapper = mapping(source, target)
+    injected = mapper.any(0)
+    own = tuple((target.positions([word]), Window(*w, f'"{word}"')) for word, w in read_stretches(word_windows))
+    if kept := read_list(preserve):
+        positions = list(target.positions(kept))
+        if not injected[positions].all():
+            raise ValueError(
+                f'Of the words to preserve, "{", ".join(kept)}", not all are in the source prompt "{prompts[0]}"; '
+                "preserve words that both prompts of the Attune node hold."
+            )
+        only = torch.zeros_like(injected)
+        only[positions] = True
+        injected = injected & only
+    controller = PromptToPrompt(
+        prompt=prompts[1],
+        tokens=target.length,
+        mapper=mapper,
+        injected=injected,
+        cross=Window(*windows[:2], CROSS),
+        self_=Window(*windows[2:], SELF),
+        word_windows=own,
+        token_limit=token_limit,
+    )
+    return io.NodeOutput(host.install(model, [reference], [controller]), host.encode(clip, prompts[1]))
+
+
+# ---- nodes -------------------------------------------------------------------------------------------------------
 
 
 class AttunePromptSwap(io.ComfyNode):
@@ -42,90 +182,341 @@ class AttunePromptSwap(io.ComfyNode):
                 "drawn where the old one was (Prompt-to-Prompt, word swap)."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model that the trajectory was made with."),
-                io.Clip.Input("clip", tooltip="The checkpoint's text encoder; it reads both prompts."),
-                schema.Trajectory.Input("trajectory", tooltip="The source picture, from an Attune inversion."),
-                io.String.Input(
-                    "source_prompt",
-                    multiline=True,
-                    default="a red circle on a gray background",
-                    tooltip="The picture's caption as it is. It should name what you want to exchange.",
+                *source_inputs(),
+                *prompt_inputs(
+                    "a red circle on a gray background",
+                    "a blue circle on a gray background",
+                    "The same caption with words exchanged, as many words as before.",
                 ),
-                io.String.Input(
-                    "target_prompt",
-                    multiline=True,
-                    default="a blue circle on a gray background",
-                    tooltip="The same caption with words exchanged, as many words as before.",
-                ),
-                share(
-                    "cross_start",
-                    0.0,
-                    "Share of the trajectory's steps after which words look where the source's words looked. Start and "
-                    "end equal switch this part off.",
-                ),
-                share(
-                    "cross_end",
-                    0.8,
-                    "Share of the steps until which they do. Higher keeps the old layout more strictly; lower lets the "
-                    "new word change the shape of things.",
-                ),
-                share(
-                    "self_start", 0.0, "Share of the steps after which the picture is put together as the source is."
-                ),
-                share(
-                    "self_end",
-                    0.4,
-                    "Share of the steps until which it is. Higher keeps outlines and background; lower gives the edit "
-                    "room. Lower this first when an edit does not show.",
-                ),
-                io.Int.Input(
-                    "token_limit",
-                    default=1024,
-                    min=0,
-                    max=1 << 20,
-                    tooltip=(
-                        "The structure is kept only in layers with at most this many picture tokens: 256 is 16x16, "
-                        "1024 is 32x32 (the papers' code uses either). Lower leaves finer detail to the edit."
-                    ),
-                ),
+                *window_inputs(),
+                *word_inputs(),
             ],
-            outputs=[
-                # An output may not share its id with an input.
-                io.Model.Output(
-                    "edited",
-                    display_name="model",
-                    tooltip="Draws the edit. The model that came in is not changed.",
-                ),
-                io.Conditioning.Output(
-                    "positive",
-                    display_name="positive",
-                    tooltip="The target prompt: connect it to the sampler's positive.",
-                ),
-            ],
+            outputs=edit_outputs(),
             hidden=[io.Hidden.unique_id],
         )
+        schema.folded(node, "word_windows", "preserve")
         return schema.searchable(node, "prompt-to-prompt", "p2p", "word swap", "replace word", "attention replace")
 
     @classmethod
     def execute(
         cls, model, clip, trajectory, source_prompt, target_prompt,
-        cross_start, cross_end, self_start, self_end, token_limit,
+        cross_start, cross_end, self_start, self_end, token_limit, word_windows="", preserve="",
     ):  # fmt: skip
-        host.check_unet(model)
-        check_same_model(trajectory, runs.describe_model(model))
-        warn_of_another_caption(trajectory, source_prompt, schema.node_id(cls))
+        windows = cross_start, cross_end, self_start, self_end
+        prompts = source_prompt, target_prompt
+        return edit_words(cls, model, clip, trajectory, prompts, swap_map, windows, token_limit, word_windows, preserve)
+
+
+class AttunePromptRefine(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        node = io.Schema(
+            node_id="AttunePromptRefine",
+            display_name="Attune Prompt Refine",
+            category="Attune/edit",
+            description=(
+                "Adds words to a picture's caption, or takes some away, and keeps what the other words drew where it "
+                "is (Prompt-to-Prompt, prompt refinement)."
+            ),
+            inputs=[
+                *source_inputs(),
+                *prompt_inputs(
+                    "a red circle on a gray background",
+                    "a striped red circle on a gray background",
+                    "The caption with words added or taken away. Words that stay keep their place in the picture; new "
+                    "words find their own.",
+                ),
+                *window_inputs(),
+                *word_inputs(),
+            ],
+            outputs=edit_outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+        schema.folded(node, "word_windows", "preserve")
+        return schema.searchable(
+            node, "prompt-to-prompt", "p2p", "prompt refinement", "add word", "attention refine", "style"
+        )
+
+    @classmethod
+    def execute(
+        cls, model, clip, trajectory, source_prompt, target_prompt,
+        cross_start, cross_end, self_start, self_end, token_limit, word_windows="", preserve="",
+    ):  # fmt: skip
+        windows = cross_start, cross_end, self_start, self_end
+        prompts = source_prompt, target_prompt
+        return edit_words(
+            cls, model, clip, trajectory, prompts, refine_map, windows, token_limit, word_windows, preserve
+        )
+
+
+class AttunePromptReweight(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        node = io.Schema(
+            node_id="AttunePromptReweight",
+            display_name="Attune Prompt Reweight",
+            category="Attune/edit",
+            description=(
+                "Makes words of the prompt count for more or for less in the picture (Prompt-to-Prompt, attention "
+                "re-weighting). It works on a picture's own caption, or behind Attune Prompt Swap or Refine on their "
+                "target prompt."
+            ),
+            inputs=[
+                *source_inputs(),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="a striped red circle on a gray background",
+                    tooltip=(
+                        "What the sampler draws: the picture's own caption, or the target prompt of the Attune edit "
+                        "before this node."
+                    ),
+                ),
+                io.String.Input(
+                    "weights",
+                    multiline=True,
+                    default="striped: 2",
+                    tooltip=(
+                        "Words and their factors, with commas or line ends between. Above 1 the word shows more, below "
+                        "1 less, 0 takes it out, below 0 it shows its opposite. The paper goes from -2 to 2."
+                    ),
+                ),
+                *window_inputs(),
+            ],
+            outputs=edit_outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+        return schema.searchable(
+            node, "prompt-to-prompt", "p2p", "attention weight", "equalizer", "emphasis", "fader", "attention reweight"
+        )
+
+    @classmethod
+    def execute(
+        cls, model, clip, trajectory, prompt, weights, cross_start, cross_end, self_start, self_end, token_limit
+    ):
+        cross = Window(cross_start, cross_end, CROSS)
+        read = host.read_words(clip, prompt)
+        factors = torch.ones(read.length)
+        for word, factor in read_factors(weights):
+            factors[list(read.positions([word]))] = factor
+        controllers = [Reweight(prompt=prompt, tokens=read.length, factors=factors, cross=cross)]
+        if carried := host.source_of_words(model, prompt):
+            check_same_model(trajectory, runs.describe_model(model))
+            source = replace(carried, sigmas=trajectory.sigmas, latents=trajectory.latents)
+        else:
+            source = source_of(model, clip, trajectory, prompt, schema.node_id(cls))
+            same = refine_map(read, read)
+            own = PromptToPrompt(
+                prompt=prompt,
+                tokens=read.length,
+                mapper=same,
+                injected=same.any(0),
+                cross=cross,
+                self_=Window(self_start, self_end, SELF),
+                token_limit=token_limit,
+            )
+            controllers.insert(0, own)
+        return io.NodeOutput(host.install(model, [source], controllers), host.encode(clip, prompt))
+
+
+class AttuneLocalBlend(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        node = io.Schema(
+            node_id="AttuneLocalBlend",
+            display_name="Attune Local Blend",
+            category="Attune/edit",
+            description=(
+                "Lets an edit show only where its words look, or inside a mask, and keeps everything else the source "
+                "picture exactly (Prompt-to-Prompt, local blending). Put it before or behind any Attune edit, or on a "
+                "plain model."
+            ),
+            inputs=[
+                *source_inputs(),
+                *prompt_inputs(
+                    "a red circle on a gray background",
+                    "a blue circle on a gray background",
+                    "What the sampler draws; the same as in the Attune edit.",
+                ),
+                io.String.Input(
+                    "inside",
+                    default="circle",
+                    tooltip=(
+                        "Words whose place in the picture may change, with commas between; each is looked for in both "
+                        "prompts. Name the thing, not only its colour."
+                    ),
+                ),
+                io.String.Input(
+                    "outside",
+                    default="",
+                    tooltip="Words whose place must not change, with commas between; they win over the words inside.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip=(
+                        "How strongly a place must belong to the words, as a share of the strongest. Higher makes the "
+                        "changed region smaller; raise it when too much changes."
+                    ),
+                ),
+                share(
+                    "start",
+                    0.2,
+                    "Share of the steps after which the source is put back. Lower keeps the rest more strictly but "
+                    "knows the words' place less well; 1 switches the blend off.",
+                ),
+                io.Int.Input(
+                    "tokens",
+                    default=256,
+                    min=1,
+                    max=1 << 20,
+                    tooltip=(
+                        "Which level of the model says where words look: the one whose picture tokens come nearest. "
+                        "256 is 16x16, as in the paper; for larger pictures 1024 draws a finer outline."
+                    ),
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "White where the picture may change. Leave the words empty to use it alone; with words, only "
+                        "what both allow changes."
+                    ),
+                ),
+            ],
+            outputs=edit_outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+        schema.folded(node, "tokens")
+        return schema.searchable(node, "prompt-to-prompt", "p2p", "local edit", "keep background", "blend words")
+
+    @classmethod
+    def execute(
+        cls, model, clip, trajectory, source_prompt, target_prompt, inside, outside, threshold, start, tokens, mask=None
+    ):
+        reference = source_of(model, clip, trajectory, source_prompt, schema.node_id(cls))
         source, target = host.read_words(clip, source_prompt), host.read_words(clip, target_prompt)
-        controller = PromptSwap(
+        words = [_where(read_list(text), source, target) for text in (inside, outside)]
+        named = any(at for pair in words for at in pair)
+        if not named and mask is None:
+            raise ValueError(
+                "Neither words nor a mask say where the picture may change; fill in inside on Attune Local Blend, or "
+                "connect a mask to it."
+            )
+        one = LocalBlend(
             prompt=target_prompt,
             tokens=target.length,
-            mapper=swap_map(source, target),
-            cross=Window(cross_start, cross_end, "cross_start to cross_end"),
-            self_=Window(self_start, self_end, "self_start to self_end"),
-            token_limit=token_limit,
+            words=BlendWords(*words[0], *words[1]) if named else None,
+            mask=mask,
+            threshold=threshold,
+            start=start,
+            level=tokens,
         )
-        conditioning = host.encode(clip, source_prompt)
-        reference = Reference("source", trajectory.sigmas, trajectory.latents, conditioning, trajectory.steps)
-        return io.NodeOutput(host.install(model, [reference], [controller]), host.encode(clip, target_prompt))
+        return io.NodeOutput(host.install(model, [reference], blends=[one]), host.encode(clip, target_prompt))
 
 
-NODES = [AttunePromptSwap]
+def _where(words, source, target):
+    """The positions of words in the source and in the target prompt; each has to be in one of them."""
+    for word in words:
+        if not source.holds(word):
+            target.positions([word])  # says what is missing
+    return tuple(tokens.positions([w for w in words if tokens.holds(w)]) for tokens in (source, target))
+
+
+class AttuneBlendMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        node = io.Schema(
+            node_id="AttuneBlendMask",
+            display_name="Attune Blend Mask",
+            category="Attune/edit",
+            description=(
+                "Shows the mask that Attune Local Blend used: where the edited latent is not the source's any more. "
+                "The blend makes the two equal everywhere else, so the mask can be read off the result."
+            ),
+            inputs=[
+                schema.Trajectory.Input("trajectory", tooltip="The source picture that the edit was made from."),
+                io.Latent.Input("latent", tooltip="The edit, as it comes out of the sampler."),
+            ],
+            outputs=[
+                io.Mask.Output(
+                    "mask", display_name="mask", tooltip="White where the picture was allowed to change, in its size."
+                )
+            ],
+        )
+        return schema.searchable(node, "local blend mask", "difference mask", "what changed")
+
+    @classmethod
+    def execute(cls, trajectory, latent):
+        source, edited = runs.host_latent(trajectory, -1), latent["samples"]
+        if source.shape[1:] != edited.shape[1:] or len(source) not in (1, len(edited)):
+            raise ValueError(
+                f"The LATENT has shape {tuple(edited.shape)}, but the TRAJECTORY holds {tuple(source.shape)}; connect "
+                "the sampler that drew this TRAJECTORY's edit to Attune Blend Mask."
+            )
+        mask = runs.to_pixels(changed(edited.float().cpu(), source))
+        return io.NodeOutput(mask, ui=ui.PreviewMask(mask))
+
+
+class AttuneEmbeddingControl(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        node = io.Schema(
+            node_id="AttuneEmbeddingControl",
+            display_name="Attune Embedding Control",
+            category="Attune/edit",
+            description=(
+                "The target prompt's text at the words that changed, and the source's everywhere else (EmbCtrl). Draw "
+                "it with the plain model from the trajectory's noise: a change of colour, material or background with "
+                "no attention control at all, or together with it."
+            ),
+            inputs=[
+                *source_inputs()[1:],
+                *prompt_inputs(
+                    "a red circle on a gray background",
+                    "a blue circle on a gray background",
+                    "The caption with words exchanged, added or taken away. Exchanged words work best.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "positive", display_name="positive", tooltip="The mixed text: connect it to the sampler's positive."
+                ),
+                io.Conditioning.Output(
+                    "negative",
+                    display_name="negative",
+                    tooltip="The trajectory's null embeddings, one a step, or its negative, or the empty text.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+        return schema.searchable(node, "embctrl", "masafusion", "embedding swap", "token embedding", "mixed prompt")
+
+    @classmethod
+    def execute(cls, clip, trajectory, source_prompt, target_prompt):
+        node_id = schema.node_id(cls)
+        warn_of_another_caption(trajectory, source_prompt, node_id)
+        texts = [host.read_words(clip, prompt) for prompt in (source_prompt, target_prompt)]
+        alignment = align(*texts)
+        source, extras = one_text(host.encode(clip, source_prompt), "source")
+        target, tagged = one_text(host.encode(clip, target_prompt), "target")
+        mixed = control(source, target, alignment)
+        new = [w.text for w in texts[1].words if (alignment[list(w.positions)] < 0).any()]
+        runs.say(node_id, f"From the target prompt: {', '.join(new) or 'nothing'}. Everything else is the source's.")
+        # The tag says which prompt's rows these are; all else describes the source.
+        negative = negative_of(trajectory) or host.encode(clip, "")
+        return io.NodeOutput([[mixed, {**extras, host.PROMPT: tagged[host.PROMPT]}]], negative)
+
+
+NODES = [
+    AttunePromptSwap,
+    AttunePromptRefine,
+    AttunePromptReweight,
+    AttuneLocalBlend,
+    AttuneBlendMask,
+    AttuneEmbeddingControl,
+]

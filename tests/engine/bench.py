@@ -9,7 +9,7 @@ import nodes as stock
 from attune.inversion import host as runs
 from attune.inversion.trajectory import Trajectory
 from attune.nodes.demo import AttuneDemoCheckpoint
-from attune.nodes.edit import AttunePromptSwap
+from attune.nodes.edit import AttuneLocalBlend, AttunePromptRefine, AttunePromptReweight, AttunePromptSwap
 
 SOURCE = "a red circle and a blue square on a gray background"
 TARGET = "a yellow circle and a blue square on a gray background"
@@ -73,8 +73,53 @@ def prompt_swap(bench, strength, model=None, trajectory=None, source=SOURCE, tar
     )  # fmt: skip
 
 
+REFINED = "a striped red circle and a blue square on a gray background"
+
+
+def prompt_refine(bench, strength, model=None, trajectory=None, source=SOURCE, target=REFINED):
+    return outputs(
+        AttunePromptRefine, model or bench.model, bench.clip, trajectory or bench.trajectory, source, target,
+        0.0, 0.8 * strength, 0.0, 0.4 * strength, 1024,
+    )  # fmt: skip
+
+
+def prompt_reweight(bench, strength, model=None, prompt=SOURCE, weights="red: -2, gray: 3"):
+    return outputs(
+        AttunePromptReweight, model or bench.model, bench.clip, bench.trajectory, prompt, weights,
+        0.0, 0.8 * strength, 0.0, 0.4 * strength, 1024,
+    )  # fmt: skip
+
+
+def local_blend(bench, strength, model=None, mask=None, inside="", outside="", target=TARGET, start=0.2, threshold=0.3):
+    return outputs(
+        AttuneLocalBlend, model or bench.model, bench.clip, bench.trajectory, SOURCE, target, inside, outside,
+        threshold, start if strength else 1.0, 256, mask,
+    )  # fmt: skip
+
+
+def swap_and_blend(bench, strength, model=None):
+    """With a mask, since what words have gathered so far a run that starts half-way cannot know."""
+    edited, _ = prompt_swap(bench, strength, model)
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, 20:] = 1
+    return local_blend(bench, strength, edited, mask)
+
+
+def everything(bench, strength, model=None):
+    """Refinement, re-weighting and a blend by words, stacked."""
+    edited, _ = prompt_refine(bench, strength, model)
+    edited, _ = prompt_reweight(bench, strength, edited, REFINED, "striped: 1.5, blue: -1")
+    return local_blend(bench, strength, edited, inside="circle", outside="square", target=REFINED, start=0.4)
+
+
 # Every method that edits a MODEL joins here, and with that every contract test.
-METHODS = {"prompt swap": prompt_swap}
+METHODS = {
+    "prompt swap": prompt_swap,
+    "prompt refine": prompt_refine,
+    "prompt reweight": prompt_reweight,
+    "swap and local blend": swap_and_blend,
+    "refine, reweight and local blend": everything,
+}
 
 
 class PlainAdapter:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attune.attention_patches import host as patches
-from attune.attention_patches.prompt_swap import PromptSwap
+from attune.attention_patches.prompt_to_prompt import PromptToPrompt
 from attune.attention_patches.reference import Reference
 from attune.attention_patches.values import Window
 from attune.demo.model import _initialise
@@ -89,7 +89,7 @@ def sample(model, positive, sigmas, start, guidance, path=None):
 def test_word_swap(family):
     model, layers = family
     with torch.inference_mode():
-        assert len(patches._layers(model.model.diffusion_model)) == layers
+        assert len(patches._grids(model.model.diffusion_model, 16, 12)) == layers
         sigmas = runs.schedule(model, 5, runs.HOST_GRID)
         start = runs.to_host_scale(model, torch.randn(1, 4, 16, 12) * float(sigmas[0]))
         source, target, path = conditioning(1, "source"), conditioning(2, "target"), []
@@ -98,7 +98,10 @@ def test_word_swap(family):
 
         def edited(prompt, end=1.0):
             window = Window(0, end)
-            swap = PromptSwap(prompt=prompt, tokens=77, mapper=torch.eye(77), cross=window, self_=window)
+            every = torch.ones(77, dtype=torch.bool)
+            swap = PromptToPrompt(
+                prompt=prompt, tokens=77, mapper=torch.eye(77), injected=every, cross=window, self_=window
+            )
             return patches.install(model, [reference], [swap])
 
         plain = sample(model, target, sigmas, start, 3.0)

@@ -297,7 +297,8 @@ def test_a_lengthened_positive_and_an_area(bench):
 def test_two_sources_on_one_model(bench):
     model, _ = swap(bench)
     other = Bench()
-    swap(bench, model=model, trajectory=other.trajectory)  # the same run made twice is the same
+    once_more = "a green circle and a blue square on a gray background"
+    swap(bench, model=model, trajectory=other.trajectory, target=once_more)  # the same run made twice is the same
     other.noise["samples"] = other.noise["samples"].flip(-1)
     for trajectory, source in ((other.record(SOURCE, 1.0), SOURCE), (bench.trajectory, TARGET)):
         with pytest.raises(ValueError) as error:

@@ -3,8 +3,8 @@
 import torch
 
 from attune.attention_patches import host
+from attune.attention_patches.alignment import swap_map
 from attune.attention_patches.values import apply_map, attention_map
-from attune.attention_patches.words import swap_map
 
 from .bench import SOURCE, STEPS, TARGET, prompt_swap
 

@@ -3,7 +3,10 @@ import torch
 from torch.nn import functional as F
 
 from attune.attention_patches.controller import Controller
-from attune.attention_patches.prompt_swap import PromptSwap
+from attune.attention_patches.embedding_control import control
+from attune.attention_patches.local_blend import BlendWords, LocalBlend, blend, changed
+from attune.attention_patches.prompt_to_prompt import PromptToPrompt
+from attune.attention_patches.reweight import Reweight
 from attune.attention_patches.values import QKV, Place, Window, apply_map, attention_map, split_heads
 
 
@@ -45,15 +48,17 @@ def test_bad_windows_are_refused(start, end):
 def test_the_base_changes_nothing():
     base = Controller(prompt="x", tokens=77)
     own = QKV(*torch.randn(3, 1, 4, 8))
-    assert not base.active(0, 50) and not base.edits(place("self", 0))
+    assert not base.edits(place("self", 0)) and not base.edits(place("cross", 0))
     assert base.self_attention(place("self", 0), own, {}) is own
     assert base.cross_map(place("cross", 0), own.q, {}) is own.q
 
 
-def swap(mapper, cross=(0, 0.8), self_=(0, 0.4), limit=1024):
-    return PromptSwap(
-        prompt="x", tokens=mapper.shape[1], mapper=mapper, cross=Window(*cross), self_=Window(*self_), token_limit=limit
-    )
+def swap(mapper, cross=(0, 0.8), self_=(0, 0.4), limit=1024, injected=None, word_windows=()):
+    injected = torch.ones(mapper.shape[1], dtype=torch.bool) if injected is None else torch.tensor(injected)
+    return PromptToPrompt(
+        prompt="x", tokens=mapper.shape[1], mapper=mapper, injected=injected, cross=Window(*cross),
+        self_=Window(*self_), word_windows=word_windows, token_limit=limit,
+    )  # fmt: skip
 
 
 def test_swap_acts_where_the_paper_says():
@@ -61,7 +66,6 @@ def test_swap_acts_where_the_paper_says():
     # Prompt-to-Prompt's table: of 50 steps, cross until 39 and self until 19.
     assert [s for s in range(50) if edit.edits(place("cross", s))] == list(range(40))
     assert [s for s in range(50) if edit.edits(place("self", s))] == list(range(20))
-    assert all(edit.active(s, 50) == (s < 40) for s in range(50))
     assert edit.edits(place("self", 0, grid=(32, 32))) and not edit.edits(place("self", 0, grid=(32, 33)))
 
 
@@ -77,3 +81,124 @@ def test_swap_puts_the_sources_map_on_the_targets_values():
     own, source = QKV(*torch.randn(3, 1, 4, 8)), QKV(*torch.randn(3, 1, 4, 8))
     edited = swap(torch.eye(77)).self_attention(place("self", 0), own, {"source": source})
     assert edited.q is source.q and edited.k is source.k and edited.v is own.v
+
+
+def test_a_words_own_window_takes_the_place_of_the_common_one():
+    edit = swap(torch.eye(4), word_windows=(((1, 2), Window(0.5, 1.0)),))
+    assert [edit.columns(s, 50).tolist() for s in (0, 30, 45)] == [
+        [True, False, False, True], [True] * 4, [False, True, True, False],
+    ]  # fmt: skip
+    assert all(edit.edits(place("cross", s)) for s in range(50))
+    own, source = torch.rand(1, 1, 3, 4), torch.rand(1, 1, 3, 4)
+    early = edit.cross_map(place("cross", 0), own, {"source": source})
+    assert torch.equal(early[..., [0, 3]], source[..., [0, 3]]) and torch.equal(early[..., 1:3], own[..., 1:3])
+    assert edit.reads_own_map(place("cross", 0)) and not edit.reads_own_map(place("cross", 30))
+    assert torch.equal(edit.cross_map(place("cross", 30), None, {"source": source}), source)
+
+
+def test_columns_that_are_left_out_are_the_targets_own():
+    edit = swap(torch.eye(3), injected=[False, True, False])
+    own, source = torch.rand(1, 1, 2, 3), torch.rand(1, 1, 2, 3)
+    mixed = edit.cross_map(place("cross", 0), own, {"source": source})
+    assert torch.equal(mixed[..., 1], source[..., 1]) and torch.equal(mixed[..., [0, 2]], own[..., [0, 2]])
+
+
+def test_reweight_scales_and_does_not_renormalise():
+    edit = Reweight(prompt="x", tokens=3, factors=torch.tensor([1.0, -2.0, 0.0]), cross=Window(0, 0.8))
+    p = torch.tensor([0.5, 0.3, 0.2]).view(1, 1, 1, 3)
+    assert torch.allclose(edit.cross_map(place("cross", 0), p, {}).flatten(), torch.tensor([0.5, -0.6, 0.0]))
+    assert [s for s in range(50) if edit.edits(place("cross", s))] == list(range(40))
+    assert not edit.edits(place("self", 0))
+    neutral = Reweight(prompt="x", tokens=2, factors=torch.ones(2), cross=Window(0, 1))
+    assert not neutral.edits(place("cross", 0))
+
+
+def test_embedding_control_by_hand():
+    source, target = torch.arange(4.0).view(1, 4, 1), 10 + torch.arange(5.0).view(1, 5, 1)
+    mixed = control(source, target, torch.tensor([0, 1, -1, 2, 3]))
+    assert mixed.flatten().tolist() == [0, 1, 12, 2, 3]
+    assert target[0, 0] == 10
+
+
+# ---- local blend ----------------------------------------------------------------------------------------------------
+
+
+def blending(**settings):
+    return LocalBlend(**{"prompt": "x", "tokens": 77, "words": BlendWords((1,), (1,), (2,), (2,))} | settings)
+
+
+def test_blend_starts_as_the_authors_code_does():
+    assert [s for s in range(50) if blending().acts(s, 50)] == list(range(10, 50))
+    assert not any(blending(start=1.0).acts(s, 50) for s in range(50)) and not blending(start=1.0).watches
+
+
+def test_blend_words_read_their_columns():
+    source, target = torch.rand(1, 6, 4), torch.rand(1, 6, 4)
+    inside, edited, kept, nothing = BlendWords((1, 2), (3,), (0,)).read(source, target)
+    assert torch.equal(inside, source[..., 1] + source[..., 2]) and torch.equal(edited, target[..., 3])
+    assert torch.equal(kept, source[..., 0]) and not nothing.any()
+
+
+def test_blend_mask_by_hand():
+    maps = torch.zeros(4, 1, 6, 6)
+    maps[0, 0, 1, 1] = 1.0  # the source's word; grows by one token
+    maps[1, 0, 4, 4] = 0.5  # the target's, measured by its own strongest
+    maps[1, 0, 0, 5] = 0.1  # below the threshold
+    maps[2, 0, 2, 2] = 1.0  # kept out, without growing
+    mask = blending().weight(maps, (6, 6))[0, 0]
+    true = torch.zeros(6, 6)
+    true[0:3, 0:3] = 1
+    true[3:6, 3:6] = 1
+    true[2, 2] = 0
+    assert torch.equal(mask, true)
+    assert blending().weight(maps, (12, 12)).shape == (1, 1, 12, 12)
+
+
+def test_blend_of_words_that_look_nowhere_keeps_the_source():
+    assert not blending().weight(torch.zeros(4, 1, 4, 4), (4, 4)).any()
+
+
+def test_blend_with_words_outside_alone():
+    maps = torch.zeros(4, 1, 4, 4)
+    maps[3, 0, 0] = 1.0
+    mask = blending(words=BlendWords((), (), (), (2,))).weight(maps, (4, 4))[0, 0]
+    assert not mask[0].any() and mask[1:].all()
+
+
+def test_a_mask_alone_and_with_words():
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :, 3:] = 1
+    alone = blending(words=None, mask=mask).weight(None, (4, 4))[0, 0]
+    assert alone[0].tolist() == [0, 0.5, 1, 1]  # by area
+    maps = torch.zeros(4, 1, 4, 4)
+    maps[0] = 1.0
+    maps[2, 0, 0] = 1.0
+    both = blending(mask=mask).weight(maps, (4, 4))[0, 0]
+    assert not both[0].any() and both[1].tolist() == [0, 0.5, 1, 1]
+
+
+def test_nearest_level():
+    grids = [(64, 64), (32, 32), (16, 16), (8, 8)]
+    assert blending().nearest(grids) == (16, 16) and blending(level=5000).nearest(grids) == (64, 64)
+    assert blending().nearest([(48, 72), (24, 36), (12, 18), (6, 9)]) == (12, 18)
+
+
+def test_blend_lands_on_the_source():
+    x, clean, source = torch.randn(3, 2, 4, 8, 8)
+    sigma, lower = 2.0, 1.5
+    weight = torch.zeros(1, 1, 8, 8)
+    weight[..., 4:] = 1
+    blended = blend(x, clean, source, weight, sigma, lower)
+    assert torch.equal(blended[..., 4:], clean[..., 4:])
+    euler = x + (x - blended) / sigma * (lower - sigma)
+    assert torch.allclose(euler[..., :4], source[..., :4], atol=1e-5)
+    last = blend(x, clean, source, weight, sigma, 0.0)
+    assert torch.equal(last[..., :4], source[..., :4])
+
+
+def test_changed_is_the_mask_of_the_last_step():
+    source = torch.randn(1, 4, 6, 6)
+    edited = source.repeat(2, 1, 1, 1) + 1e-6
+    edited[1, 2, 3, 4] += 0.01
+    mask = changed(edited, source)
+    assert mask.shape == (2, 6, 6) and mask.sum() == 1 and mask[1, 3, 4] == 1

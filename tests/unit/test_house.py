@@ -20,7 +20,7 @@ HOST_FILES = {
     "inversion/host.py",
     "demo/model.py",
     "demo/measure.py",
-    "benchmark/inversion.py",
+    *(p for p in PACK if p.startswith("benchmark")),  # it stands outside the pack and runs it through the host
 }
 HOST_MODULES = {"comfy", "comfy_extras", "nodes", "folder_paths", "latent_preview", "server", "execution"}
 ALLOWED = {
@@ -28,7 +28,7 @@ ALLOWED = {
     "attention_patches": {"attention_patches"},
     "inversion": {"inversion"},
     "demo": {"demo"},
-    "benchmark": {"benchmark", "demo", "inversion", "nodes"},
+    "benchmark": {"benchmark", "demo", "inversion", "attention_patches", "nodes"},
 }
 
 

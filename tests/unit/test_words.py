@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attune.attention_patches.words import CHUNK, group_words, swap_map
+from attune.attention_patches.alignment import align, refine_map, swap_map
+from attune.attention_patches.words import CHUNK, group_words, read_factors, read_list, read_stretches
 
 
 def tokens(*words):
@@ -23,6 +24,21 @@ def test_a_word_is_found_wherever_it_stands():
     read = tokens("a", "cat", "and", "a", "c|at")
     assert read.find("cat") == [(2,), (5, 6)]
     assert read.find("a cat") == [(1, 2), (4, 5, 6)]
+
+
+def test_a_word_that_the_tokenizer_cuts_is_found_whole():
+    read = tokens("a", "t", "-", "shirt", "of", "mother", "'s")
+    assert read.find("T-shirt") == [(2, 3, 4)] and read.find("mother's") == [(6, 7)]
+    assert read.positions(["a", "of"]) == (1, 5)
+    assert read.holds("shirt") and read.holds("t-") and not read.holds("hat")
+
+
+def test_a_learned_embedding_is_one_word():
+    read = group_words("x", [["a</w>", "embedding:cat", "", "</w>", "embedding:dog", "</w>", "on</w>"]])
+    assert [(w.text, w.positions) for w in read.words][1:3] == [("embedding:cat", (2, 3, 4)), ("embedding:dog", (5, 6))]
+    assert read.find("embedding:Cat") == [(2, 3, 4)]
+    keys = [key for _, key in read.keys]
+    assert len(set(keys)) == len(keys)  # one's second vector is not the other's
 
 
 def test_an_unknown_word_is_named_with_the_words_there_are():
@@ -94,3 +110,65 @@ def test_one_prompt_in_more_chunks(longer):
     assert (mapper.sum(0) > 0).all()
     if longer == "target":
         assert mapper[75, [75, 78]].tolist() == [0.5, 0.5]
+
+
+def test_what_users_write_about_words():
+    assert read_list(" red circle,\nstar,, ") == ["red circle", "star"]
+    assert read_factors("red: 2, embedding:cat: -0.5\nstar:0") == [("red", 2), ("embedding:cat", -0.5), ("star", 0)]
+    assert read_stretches("red: 0.4, star: 0.1-0.6") == [("red", (0, 0.4)), ("star", (0.1, 0.6))]
+
+
+@pytest.mark.parametrize("text", ["red", "red: much", ": 2", "red: nan", "red: inf"])
+def test_what_is_no_pair_is_quoted(text):
+    with pytest.raises(ValueError, match="is not a word and its factor"):
+        read_factors(text)
+    with pytest.raises(ValueError, match="is not a word and its share"):
+        read_stretches(text)
+
+
+def counterparts(source, target):
+    found = align(source, target)
+    return {t: int(found[t]) for t, _ in target.keys}
+
+
+def test_added_words_have_no_counterpart():
+    source, target = tokens("a", "cat", "sat"), tokens("a", "fl|uffy", "cat", "sat", "down")
+    assert counterparts(source, target) == {1: 1, 2: -1, 3: -1, 4: 2, 5: 3, 6: -1}
+    found = align(source, target)
+    assert found[0] == 0 and found[7] == 4  # start and end
+    assert found[8:].tolist() == list(range(8, CHUNK))  # padding stays where it is
+    mapper = refine_map(source, target)
+    assert mapper[4, 7] == 1 and mapper.sum(0)[[2, 3, 6]].eq(0).all() and mapper.sum(0).sum() == CHUNK - 3
+
+
+def test_removed_words_leave_padding_without_a_counterpart():
+    """The authors' code would let the two freed columns read the words that are gone."""
+    found = align(tokens("a", "b|ig", "cat", "sat"), tokens("a", "cat"))
+    assert found[:4].tolist() == [0, 1, 4, 6]
+    assert found[4:7].tolist() == [-1] * 3 and found[7:].tolist() == list(range(7, CHUNK))
+
+
+def test_a_swapped_word_has_no_counterpart_in_a_refinement():
+    assert counterparts(tokens("a", "cat", "sat"), tokens("a", "dog", "sat")) == {1: 1, 2: -1, 3: 3}
+
+
+@given(st.lists(word, max_size=8), st.lists(word, max_size=8))
+def test_alignment_is_the_longest_common_run(ours, theirs):
+    source, target = tokens(*ours), tokens(*theirs)
+    pairs = [(int(s), t) for t, s in counterparts(source, target).items() if s >= 0]
+    assert pairs == sorted(pairs) and len({s for s, _ in pairs}) == len(pairs)
+    a, b = [k for _, k in source.keys], [k for _, k in target.keys]
+    assert all(a[s - 1] == b[t - 1] for s, t in pairs)
+    longest = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i in range(len(a)):
+        for j in range(len(b)):
+            longest[i + 1][j + 1] = longest[i][j] + 1 if a[i] == b[j] else max(longest[i][j + 1], longest[i + 1][j])
+    assert len(pairs) == longest[-1][-1]
+
+
+def test_alignment_over_chunks():
+    source = group_words("x", [["a</w>"] * 75, ["b</w>"]])
+    target = group_words("y", [["new</w>"] + ["a</w>"] * 74, ["a</w>", "b</w>"]])
+    found = align(source, target)
+    assert found[1] == -1 and found[2] == 1 and found[78] == 75 and found[79] == 78
+    assert found[76] == 76 and found[77] == 77 and found[80] == 79  # both chunks' ends and the second's start
