@@ -29,6 +29,7 @@ from comfy.patcher_extension import WrappersMP
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .local_blend import blend
+from .maps import nearest
 from .reference import Spec
 from .values import QKV, Place, apply_map, attention_map
 from .words import group_words
@@ -264,7 +265,7 @@ class _Run:
         grids = _grids(unet, *x.shape[2:])
         self.layers = list(grids)
         self.places = {(kind, *block, depth): g for (block, depth), g in grids.items() for kind in ("self", "cross")}
-        self.grids = {i: b.nearest(set(grids.values())) for i, b in enumerate(self.spec.blends) if b.watches}
+        self.grids = {i: nearest(grids.values(), b.level) for i, b in enumerate(self.spec.blends) if b.watches}
         self.levels = [float(s) for s in sample_sigmas]
         self.ready = True
 

@@ -61,10 +61,6 @@ class LocalBlend:
         """Whether it has to see the words' maps, from the first step on."""
         return self.words is not None and self.start < 1
 
-    def nearest(self, grids):
-        """Of attention grids (h, w), the one whose number of tokens is nearest to ``level``, on a log scale."""
-        return min(grids, key=lambda g: abs(math.log(g[0] * g[1] / self.level)))
-
     def weight(self, maps, size):
         """How much of the edit stays, (B or 1, 1, H, W) in 0..1 at ``size`` (H, W); ``maps`` (4, B, h, w) as
         :meth:`BlendWords.read` stacks them, summed over layers and steps, or None without words.

@@ -112,7 +112,9 @@ def measure_attention(bench):
     thresholds = np.linspace(0.05, 0.95, 19)
     scores = {}
     for i, source in enumerate(drawn):
-        gathered = maps.MapSum()
+        caption = scenes.caption(source)
+        nouns = [w for w in host.read_words(bench.clip, caption).words if w.text in scenes.SHAPES]
+        gathered = maps.MapSum([noun.positions for noun in nouns])
 
         def receive(place, own, heads, gathered=gathered):
             if place.kind == "cross":
@@ -123,15 +125,10 @@ def measure_attention(bench):
             for sigma in levels:
                 denoise(latent + sigma * torch.randn(latent.shape, generator=generator).to(latent), sigma)
 
-        caption = scenes.caption(source)
         latent = bench.encode(pictures[i : i + 1])["samples"]
         runs.walk(host.recording(bench.model, receive), bench.text(caption), latent, torch.tensor([1.0, 0.0]), body)
-        words = host.read_words(bench.clip, caption).words
-        nouns = [w for w in words if w.text in scenes.SHAPES]
         for tokens in (256, 64):
-            level = gathered.nearest(tokens)
-            for noun, mask in zip(nouns, masks[i], strict=True):
-                heat = maps.word_map(level, noun.positions)
+            for heat, mask in zip(gathered.level(tokens), masks[i], strict=True):
                 true = torch.nn.functional.adaptive_avg_pool2d(mask[None], heat.shape[1:])[0] > 0.5
                 share = (heat / heat.max())[0]
                 at = [(share > t) for t in thresholds]

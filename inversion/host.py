@@ -28,11 +28,12 @@ from comfy.patcher_extension import WrappersMP
 from . import gradient
 from .ddim import draw, papers_sigmas
 
-VERSION = "0.2.0"  # this pack's, as in pyproject.toml
+VERSION = "0.3.0"  # this pack's, as in pyproject.toml
 
 # Where packs hang functions that bend the prediction after the model has spoken.
 GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
 
+PIXELS = 8  # of a picture to a latent's one, each way, in every Stable Diffusion
 OURS = "attune"  # the key of this pack's own wrappers
 SKIPPING = (WrappersMP.CALC_COND_BATCH, WrappersMP.DIFFUSION_MODEL)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -406,8 +407,8 @@ def draw_again(model, trajectory, negative, guidance):
 
 
 def to_pixels(mask):
-    """A MASK (B, 8h, 8w) from one in the latent's size; SD's latents are an eighth of the picture."""
-    return mask.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    """A MASK in the picture's size from one (B, h, w) in the latent's."""
+    return mask.repeat_interleave(PIXELS, 1).repeat_interleave(PIXELS, 2)
 
 
 def decode(vae, trajectory, latent):

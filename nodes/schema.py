@@ -1,8 +1,9 @@
-"""What the node files share: the pack's own socket type and the search names that only newer hosts take."""
+"""What the node files share: the pack's own socket types and the search names that only newer hosts take."""
 
 from comfy_api.latest import io
 
 Trajectory = io.Custom("ATTUNE_TRAJECTORY")
+Maps = io.Custom("ATTUNE_MAPS")  # maps.WordMaps
 
 
 def searchable(schema, *names):

@@ -1,11 +1,17 @@
 """Labelled pictures, drawn with Pillow."""
 
+import colorsys
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 INKS = ((250, 204, 21), (96, 165, 250), (244, 114, 182), (74, 222, 128))  # of curves
-GAP, PAPER, INK = 8, (24, 24, 27), (228, 228, 231)
+GAP, PAPER, INK, FAINT = 8, (24, 24, 27), (228, 228, 231), (161, 161, 170)
+SMALL, WIDTH = 12, 1100  # pixels: the smallest lettering, and how wide a sheet of many tiles gets
+MOST = 600  # maps on one sheet
 
 
 def to_pil(picture):
@@ -19,21 +25,32 @@ def from_pil(picture):
     return torch.from_numpy(np.asarray(picture, np.float32) / 255)[None]
 
 
-def _labelled(picture, text, size):
-    """The picture with its text below, shortened to fit."""
-    font = ImageFont.load_default(size)
-    tile = Image.new("RGB", (picture.width, picture.height + round(1.7 * size)), PAPER)
-    tile.paste(picture, (0, 0))
-    while len(text) > 1 and font.getlength(text) > picture.width:
-        text = text.rstrip("~")[:-1] + "~"
-    left = max(0, (picture.width - font.getlength(text)) / 2)
-    ImageDraw.Draw(tile).text((left, picture.height + 0.25 * size), text, INK, font)
+def _labelled(picture, text, size, narrowest=0):
+    """The picture with its text below, centred; the first line large, further ones small and gray.
+
+    A line too long is set smaller, down to 12 pixels, and then cut. The tile is at least ``narrowest`` pixels wide.
+    """
+    width = max(picture.width, narrowest)
+    lines = [(line, size if i == 0 else SMALL, INK if i == 0 else FAINT) for i, line in enumerate(text.split("\n"))]
+    tile = Image.new(
+        "RGB", (width, picture.height + sum(round(1.35 * s) for _, s, _ in lines) + round(size / 3)), PAPER
+    )
+    tile.paste(picture, ((width - picture.width) // 2, 0))
+    draw, y = ImageDraw.Draw(tile), picture.height + 0.25 * size
+    for line, size_, ink in lines:
+        fitting = size_
+        while fitting > SMALL and ImageFont.load_default(fitting).getlength(line) > width:
+            fitting -= 1
+        font = ImageFont.load_default(fitting)
+        while len(line) > 1 and font.getlength(line) > width:
+            line = line.rstrip("~")[:-1] + "~"
+        draw.text((max(0, (width - font.getlength(line)) / 2), y), line, ink, font)
+        y += round(1.35 * size_)
     return tile
 
 
-def rows_of(tiles, columns):
-    """Tiles in rows from left to right, on one sheet."""
-    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+def _stacked(rows):
+    """Rows of tiles, each from left to right, on one sheet."""
     width = max(sum(t.width + GAP for t in row) for row in rows) + GAP
     out = Image.new("RGB", (width, sum(max(t.height for t in row) + GAP for row in rows) + GAP), PAPER)
     y = GAP
@@ -43,6 +60,35 @@ def rows_of(tiles, columns):
             out.paste(tile, (x, y))
             x += tile.width + GAP
         y += max(t.height for t in row) + GAP
+    return out
+
+
+def rows_of(tiles, columns):
+    """Tiles in rows from left to right, on one sheet."""
+    return _stacked([tiles[i : i + columns] for i in range(0, len(tiles), columns)])
+
+
+def _in_runs(tiles, run, columns):
+    """Tiles on one sheet of at most ``columns``, where every ``run`` of them stay side by side if they fit at all."""
+    if run <= columns:
+        return rows_of(tiles, run * _even(len(tiles) // run, columns // run))
+    wide = _even(run, max(1, columns))
+    runs = [tiles[i : i + run] for i in range(0, len(tiles), run)]
+    return _stacked([whole[i : i + wide] for whole in runs for i in range(0, run, wide)])
+
+
+def _even(count, most):
+    """How many columns spread ``count`` tiles evenly over as few rows as ``most`` columns need."""
+    return math.ceil(count / math.ceil(count / most))
+
+
+def _headed(picture, text):
+    """The picture under a line of text, on a sheet that is wide enough for both."""
+    font = ImageFont.load_default(14)
+    width = max(picture.width, math.ceil(font.getlength(text)) + 2 * GAP)
+    out = Image.new("RGB", (width, picture.height + 28), PAPER)
+    ImageDraw.Draw(out).text((GAP, GAP), text, FAINT, font)
+    out.paste(picture, (0, 28))
     return out
 
 
@@ -71,18 +117,143 @@ def contact_sheet(pictures, labels, height, wide=None):
     return from_pil(out)
 
 
-def map_sheet(maps, labels, side=128, columns=8):
-    """IMAGE (B, H, W, 3): for each picture of the batch, one word's map (B, h, w) in 0..1 after another, labelled."""
+def _heat(heat, side):
+    """A map (h, w) in 0..1 as a picture whose longer side is ``side`` pixels."""
+    share = side / max(heat.shape)
+    size = (max(1, round(heat.shape[1] * share)), max(1, round(heat.shape[0] * share)))
+    return to_pil(heat).resize(size, Image.Resampling.BICUBIC)
+
+
+def _step_name(steps, total):
+    return f"step {steps[0] + 1} of {total}" if len(steps) == 1 else f"mean of {len(steps)} steps"
+
+
+def map_sheet(found, stretch):
+    """IMAGE (B, H, W, 3) of a ``maps.WordMaps``: every word's map for every layer and step, labelled.
+
+    What all have in common stands above. A word's maps stay together: its steps, layer by layer, or else its layers.
+    ``stretch`` brings a map (B, h, w) to 0..1. Raises ValueError for more maps than can be looked at.
+    """
+    count = len(found.words) * len(found.layers) * len(found.steps)
+    if count > MOST:
+        raise ValueError(
+            f"The sheet would hold {count} maps, but more than {MOST} cannot be told apart; name fewer words, raise "
+            "every, or average layers or steps in Attune Attention Maps."
+        )
+    side = 128 if count <= 96 else 96
+    layers = [name if len(found.layers) > 1 else None for name in found.layers]
+    steps = [_step_name(s, found.total) if len(found.steps) > 1 else None for s in found.steps]
+    heading = [found.layers[0]] * (len(found.layers) == 1)
+    heading += [_step_name(found.steps[0], found.total)] * (len(found.steps) == 1)
+    run = next((len(x) for x in (steps, layers) if len(x) > 1), count)
+    shown = [[stretch(m) for m in word] for layer in found.maps for word in layer]  # layer by layer, word by word
     sheets = []
-    for picture in range(len(maps[0])):
-        tiles = []
-        for heat, label in zip(maps, labels, strict=True):
-            tile = to_pil(heat[picture]).resize(
-                (round(side * heat.shape[2] / heat.shape[1]), side), Image.Resampling.BICUBIC
-            )
-            tiles.append(_labelled(tile, label, max(12, side // 8)))
-        sheets.append(from_pil(rows_of(tiles, min(columns, len(tiles)))))
+    for picture in range(found.maps[0].shape[2]):
+        tiles = [
+            _labelled(_heat(shown[n * len(found.words) + w][i][picture], side), label, side // 8, 96)
+            for w, word in enumerate(found.words)
+            for n, layer in enumerate(layers)
+            for i, step in enumerate(steps)
+            for label in ["\n".join(filter(None, (word, layer, step)))]
+        ]
+        whole = _in_runs(tiles, run, WIDTH // (tiles[0].width + GAP))
+        sheets.append(from_pil(_headed(whole, ", ".join(heading)) if heading else whole))
     return torch.cat(sheets)
+
+
+def component_sheet(components, shares, grid, side=192):
+    """IMAGE (1, H, W, 3): main components (C, h * w) one by one, and the first three as red, green and blue."""
+    pictures = components.unflatten(1, grid)
+    low, high = pictures.amin((1, 2), keepdim=True), pictures.amax((1, 2), keepdim=True)
+    pictures = (pictures - low) / (high - low).clamp(min=1e-8)
+    tiles = [
+        _labelled(_grown(p, side), f"component {i}\n{_percent(share)} of the differences", 16, 96)
+        for i, (p, share) in enumerate(zip(pictures, shares.tolist(), strict=True), 1)
+    ]
+    if len(pictures) >= 3:
+        tiles.insert(0, _labelled(_grown(pictures[:3].permute(1, 2, 0), side), "1 to 3\nas red, green, blue", 16, 96))
+    return from_pil(rows_of(tiles, _even(len(tiles), max(1, WIDTH // (side + GAP)))))
+
+
+def cluster_sheet(labels, count, grid, side=192):
+    """IMAGE (1, H, W, 3): clusters (h * w) as colours, and each one by itself with its share of the picture."""
+    labels = labels.unflatten(0, grid)
+    colors = torch.tensor([_color(i, count) for i in range(count)])
+    tiles = [_labelled(_grown(colors[labels], side), "all clusters", 16, 96)]
+    for i, color in enumerate(colors):
+        mine = (labels == i).float()
+        text = f"cluster {i + 1}\n{_percent(float(mine.mean()))} of the picture"
+        tiles.append(_labelled(_grown(mine[..., None] * color, side), text, 16, 96))
+    return from_pil(rows_of(tiles, _even(len(tiles), max(1, WIDTH // (side + GAP)))))
+
+
+def _grown(picture, side):
+    """A small picture with its pixels as squares, as the papers show them."""
+    share = side / max(picture.shape[:2])
+    size = (max(1, round(picture.shape[1] * share)), max(1, round(picture.shape[0] * share)))
+    return to_pil(picture).resize(size, Image.Resampling.NEAREST)
+
+
+def _percent(share):
+    return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"
+
+
+def _color(number, count):
+    """Colours as far apart in hue as there are clusters, every other one darker."""
+    return colorsys.hsv_to_rgb(number / count, 0.65, 1.0 if number % 2 == 0 else 0.75)
+
+
+def difference(picture, other, gain):
+    """Where two pictures (H, W, 3) differ, as (H, W) in 0..1, and the mean absolute difference, a share of full white.
+
+    A pixel's greatest difference among red, green and blue, times ``gain``: black is the same. ``other`` is brought
+    to the first one's size.
+    """
+    picture, other = picture[..., :3].float(), other[..., :3].float().to(picture.device)
+    if other.shape != picture.shape:
+        other = F.interpolate(
+            other.permute(2, 0, 1)[None], picture.shape[:2], mode="bicubic", antialias=True
+        )[0].permute(1, 2, 0).clamp(0, 1)  # fmt: skip
+    apart = (picture - other).abs()
+    return (apart.amax(-1) * gain).clamp(0, 1), float(apart.mean())
+
+
+FIRST_AND_LAST, EACH_TO_FIRST, NO_DIFFERENCE = "first and last", "each to the first", "none"
+DIFFERENCES = (FIRST_AND_LAST, EACH_TO_FIRST, NO_DIFFERENCE)
+
+
+def compare_sheet(rows, captions, height, kind, gain):
+    """Pictures side by side with captions and where they differ: IMAGE (1, H, W, 3), and the differences.
+
+    ``rows`` are lists of pictures (H, W, 3), one row a batch entry, each picture drawn ``height`` pixels tall over its
+    caption. The differences (D, H, W, 3) are as large as the first picture, row by row; None for "none".
+    """
+    captions = [*captions, *[""] * len(rows[0])]
+    size, lines, found = max(SMALL, height // 14), [], []
+    for row in rows:
+        tiles = [_labelled(_scaled(to_pil(p), height), captions[i], size, 96) for i, p in enumerate(row)]
+        others = {FIRST_AND_LAST: row[1:][-1:], EACH_TO_FIRST: row[1:], NO_DIFFERENCE: []}[kind]
+        below = []
+        for other in others:
+            apart, mean = difference(row[0], other, gain)
+            found.append(apart)
+            text = f"difference\nmean change {_percent(mean)}"
+            below.append(_labelled(_scaled(to_pil(apart), height), text, size, 96))
+        if kind == EACH_TO_FIRST:
+            # Each difference stands below the picture it belongs to.
+            blank = Image.new("RGB", (tiles[0].width, 1), PAPER)
+            lines += [tiles, [blank, *(_centred(b, t.width) for b, t in zip(below, tiles[1:], strict=True))]]
+        else:
+            lines.append(tiles + below)
+    differences = torch.stack(found)[..., None].expand(-1, -1, -1, 3).cpu() if found else None
+    return from_pil(_stacked(lines)), differences
+
+
+def _centred(tile, width):
+    """A tile in the middle of a column ``width`` pixels wide, or as wide as it is where it is wider."""
+    out = Image.new("RGB", (max(width, tile.width), tile.height), PAPER)
+    out.paste(tile, ((out.width - tile.width) // 2, 0))
+    return out
 
 
 def plot(curves, width, height=180):

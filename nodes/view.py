@@ -1,11 +1,46 @@
 """Seeing: attention maps and pictures side by side."""
 
-from comfy_api.latest import io
+import functools
 
-from ..attention_patches import host, maps
+import torch
+from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ..attention_patches import host, maps, self_maps
+from ..attention_patches.words import read_list
 from ..inversion import host as runs
-from ..inversion.trajectory import check_same_model
+from ..inversion.trajectory import Trajectory, check_same_model
 from . import schema, sheet
+
+STEPS_AVERAGE, STEPS_EACH = "average", "each"
+STEPS = (STEPS_AVERAGE, STEPS_EACH)
+LATENT_STEPS = 50  # noise levels of which a finished picture is looked at at every n-th
+LATENT_SEED = 0
+
+
+def noised_path(model, latent):
+    """A finished picture with one fixed noise at every level of the host's schedule, in a trajectory's form."""
+    runs.check_latent(model, latent["samples"])
+    sigmas = runs.schedule(model, LATENT_STEPS, runs.HOST_GRID)
+    clean = runs.to_model_scale(model, latent["samples"]).float().cpu()
+    path = maps.noised(clean, runs.noise_for(latent, LATENT_SEED), sigmas)
+    return Trajectory(sigmas, path, len(sigmas) - 1, runs.describe_model(model))
+
+
+def look(model, conditioning, trajectory, every, receive, before):
+    """Runs the UNet once on every n-th latent of a trajectory; ``receive`` sees each attention layer.
+
+    ``before(i, evaluate)`` is called before each step with its number and a function that runs it once more.
+    """
+
+    def body(denoise, start, report):
+        for i in range(0, len(trajectory.sigmas) - 1, every):
+            x, sigma = trajectory.latents[i].to(start), float(trajectory.sigmas[i])
+            before(i, functools.partial(denoise, x, sigma))
+            report(i, denoise(x, sigma), x)
+
+    picture = runs.to_host_scale(model, trajectory.latents[-1])
+    runs.walk(host.recording(model, receive), conditioning, picture, trajectory.sigmas, body)
 
 
 class AttuneAttentionMaps(io.ComfyNode):
@@ -16,13 +51,17 @@ class AttuneAttentionMaps(io.ComfyNode):
             display_name="Attune Attention Maps",
             category="Attune/view",
             description=(
-                "Shows where each word of a prompt looks in a picture: its cross-attention, averaged over the steps of "
-                "a trajectory, as one labelled picture."
+                "Shows where each word of a prompt looks in a picture: its cross-attention, averaged or layer by layer "
+                "and step by step, as one labelled picture; and one word's map as a mask."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model that the trajectory was made with."),
+                io.Model.Input("model", tooltip="The model that the picture was made with."),
                 io.Clip.Input("clip", tooltip="The checkpoint's text encoder."),
-                schema.Trajectory.Input("trajectory", tooltip="The picture to look into, from an Attune inversion."),
+                schema.Trajectory.Input(
+                    "trajectory",
+                    optional=True,
+                    tooltip="The picture to look into, from an Attune inversion or recorder. Or connect a latent.",
+                ),
                 io.String.Input(
                     "prompt",
                     multiline=True,
@@ -49,42 +88,338 @@ class AttuneAttentionMaps(io.ComfyNode):
                     default=5,
                     min=1,
                     max=1000,
-                    tooltip="Looks at every n-th step only. Lower is slower and hardly changes the maps.",
+                    tooltip="Looks at every n-th step only. Lower is slower and hardly changes the average.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip=(
+                        "A finished picture in the place of a trajectory, from a sampler or VAE Encode. It is looked "
+                        f"at under one fixed noise, at every n-th of {LATENT_STEPS} noise levels."
+                    ),
+                ),
+                io.Combo.Input(
+                    "layers",
+                    options=list(maps.CHOICES),
+                    default=maps.NEAREST,
+                    optional=True,
+                    tooltip=(
+                        "Which layers: the average of all at the level nearest to tokens, the same within the UNet's "
+                        "way down, middle or way up, or each layer by itself."
+                    ),
+                ),
+                io.Int.Input(
+                    "layer",
+                    default=-1,
+                    min=-1,
+                    max=1000,
+                    optional=True,
+                    tooltip=(
+                        "A single layer by its number in the order in which the UNet runs, 0 to 15 in SD 1.5, in the "
+                        "place of layers; -1 leaves it to layers."
+                    ),
+                ),
+                io.Combo.Input(
+                    "steps",
+                    options=list(STEPS),
+                    default=STEPS_AVERAGE,
+                    optional=True,
+                    tooltip="The average of the steps, or each of those looked at by itself.",
+                ),
+                io.String.Input(
+                    "mask_word",
+                    default="",
+                    optional=True,
+                    tooltip="The word whose map becomes the mask, wherever it stands in the prompt; empty takes the "
+                    "first that is shown.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    optional=True,
+                    tooltip=(
+                        "The mask is white where the word's map, scaled to 0 to 1, reaches this. Higher keeps less; "
+                        "0 gives the soft map."
+                    ),
+                ),
+                io.Int.Input(
+                    "grow",
+                    default=0,
+                    min=-256,
+                    max=256,
+                    optional=True,
+                    tooltip="Pixels by which the mask reaches further; below 0 it shrinks.",
+                ),
+                io.Int.Input(
+                    "feather",
+                    default=0,
+                    min=0,
+                    max=256,
+                    optional=True,
+                    tooltip="Pixels over which the mask's edge fades to either side.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
                     "maps", display_name="maps", tooltip="One map a word, brightest where the word looks most."
-                )
+                ),
+                schema.Maps.Output(
+                    "raw",
+                    display_name="raw",
+                    tooltip="The maps themselves, not scaled: probabilities, for other nodes.",
+                ),
+                io.Mask.Output(
+                    "mask", display_name="mask", tooltip="One word's map at the picture's size, white where it looks."
+                ),
             ],
         )
+        schema.folded(node, "layer", "grow", "feather")
         return schema.searchable(node, "cross-attention map", "heat map", "daam", "token map", "visualize attention")
 
     @classmethod
-    def execute(cls, model, clip, trajectory, prompt, words, tokens, every):
+    def execute(
+        cls, model, clip, trajectory=None, prompt="", words="", tokens=256, every=5, latent=None, layers=maps.NEAREST,
+        layer=-1, steps=STEPS_AVERAGE, mask_word="", threshold=0.3, grow=0, feather=0,
+    ):  # fmt: skip
+        schema.check_choice(layers, maps.CHOICES, "The layers value", "Attune Attention Maps")
+        schema.check_choice(steps, STEPS, "The steps value", "Attune Attention Maps")
         host.check_plain(model)
+        if (trajectory is None) == (latent is None):
+            raise ValueError(
+                f"Attune Attention Maps has {'no' if latent is None else 'both a'} trajectory "
+                f"{'or' if latent is None else 'and a'} latent, but looks into one picture; connect one of them."
+            )
+        if trajectory is None:
+            trajectory = noised_path(model, latent)
         check_same_model(trajectory, runs.describe_model(model))
         read = host.read_words(clip, prompt)
-        chosen = [w.strip() for w in words.split(",") if w.strip()]
+        chosen = read_list(words)
         shown = [(w, p) for w in chosen for p in read.find(w)] or [(w.text, w.positions) for w in read.words]
         if not shown:
             raise ValueError("The prompt is empty, but a map belongs to a word; write one in Attune Attention Maps.")
-        gathered = maps.MapSum()
+        masked = shown[0]
+        if mask_word.strip():
+            masked = mask_word.strip(), read.positions([mask_word])
+            shown += [masked] * (masked[1] not in [p for _, p in shown])
+        gathered = maps.MapSum([positions for _, positions in shown])
 
         def receive(place, own, heads):
             if place.kind == "cross":
                 gathered.add(place, own, heads)
 
-        def body(denoise, start, report):
-            for i in range(0, len(trajectory.sigmas) - 1, every):
-                x = trajectory.latents[i].to(start)
-                report(i, denoise(x, float(trajectory.sigmas[i])), x)
+        def before(step, _):
+            gathered.step = step
 
-        picture = runs.to_host_scale(model, trajectory.latents[-1])
-        runs.walk(host.recording(model, receive), host.encode(clip, prompt), picture, trajectory.sigmas, body)
-        level = gathered.nearest(tokens)
-        pictures = [maps.stretch(maps.word_map(level, positions)) for _, positions in shown]
-        return io.NodeOutput(sheet.map_sheet(pictures, [word for word, _ in shown]))
+        look(model, host.encode(clip, prompt), trajectory, every, receive, before)
+        found = gathered.collect(
+            [word for word, _ in shown], layer if layer >= 0 else layers, tokens, steps == STEPS_EACH,
+            len(trajectory.sigmas) - 1,
+        )  # fmt: skip
+        size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
+        number = [positions for _, positions in shown].index(masked[1])
+        mask = maps.mask_of(found, number, size, threshold, grow, feather)
+        return io.NodeOutput(sheet.map_sheet(found, maps.stretch), found, mask)
+
+
+class AttuneSelfAttentionView(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        node = io.Schema(
+            node_id="AttuneSelfAttentionView",
+            display_name="Attune Self-Attention View",
+            category="Attune/view",
+            description=(
+                "Shows which parts of a picture the model takes as belonging together: the main components of its "
+                "self-attention, and the picture cut into clusters by it."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the trajectory was made with."),
+                schema.Trajectory.Input(
+                    "trajectory", tooltip="The picture to look into, from an Attune inversion or recorder."
+                ),
+                io.Int.Input(
+                    "tokens",
+                    default=1024,
+                    min=1,
+                    max=self_maps.LIMIT,
+                    tooltip=(
+                        "Which level of the model to look at: the one whose picture tokens come nearest to this. 1024 "
+                        "is 32x32, as in Dynamic Prompt Learning; fewer is coarser and quicker."
+                    ),
+                ),
+                io.Int.Input(
+                    "every",
+                    default=5,
+                    min=1,
+                    max=1000,
+                    tooltip="Looks at every n-th step only. Lower is slower and hardly changes the pictures.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(self_maps.KINDS),
+                    default=self_maps.PCA,
+                    tooltip=(
+                        "PCA shows in what the picture's parts differ most (Dynamic Prompt Learning's figures); SVD "
+                        "what is looked at most in common (Prompt-to-Prompt's and Free-Prompt-Editing's)."
+                    ),
+                ),
+                io.Int.Input("count", default=3, min=1, max=16, tooltip="How many components to show."),
+                io.Int.Input(
+                    "clusters",
+                    default=5,
+                    min=2,
+                    max=16,
+                    tooltip="Into how many parts to cut the picture. More tells smaller things apart.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**53 - 1,
+                    control_after_generate=False,
+                    tooltip="Where the clustering starts; the best of ten starts is kept, so this changes little.",
+                ),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="The checkpoint's text encoder; only needed with a prompt."
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="Empty looks under the conditioning that the trajectory was made under.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "components", display_name="components", tooltip="Each component, and the first three as colours."
+                ),
+                io.Image.Output(
+                    "parts",
+                    display_name="clusters",
+                    tooltip="The clusters as colours, with their share of the picture.",
+                ),
+                io.Mask.Output(
+                    "masks",
+                    display_name="masks",
+                    tooltip="One mask a cluster, the largest first, at the picture's size; picture after picture.",
+                ),
+            ],
+        )
+        schema.folded(node, "method", "seed")
+        return schema.searchable(node, "self-attention map", "pca", "svd", "k-means", "segmentation", "clusters")
+
+    @classmethod
+    def execute(cls, model, trajectory, tokens, every, method, count, clusters, seed, clip=None, prompt=""):
+        schema.check_choice(method, self_maps.KINDS, "The method", "Attune Self-Attention View")
+        host.check_plain(model)
+        check_same_model(trajectory, runs.describe_model(model))
+        if prompt.strip() and clip is None:
+            raise ValueError(
+                "Attune Self-Attention View has a prompt but no CLIP to read it with; connect the checkpoint's clip, "
+                "or leave the prompt empty."
+            )
+        conditioning = host.encode(clip, prompt) if prompt.strip() else trajectory.conditioning
+        if not conditioning:
+            raise ValueError(
+                "The TRAJECTORY holds no conditioning to look under; write its caption into the prompt of Attune "
+                "Self-Attention View and connect clip."
+            )
+        gathered = self_maps.SelfSum(trajectory.latents.shape[1])
+
+        def receive(place, own, heads):
+            if place.kind == "self":
+                gathered.add(place, own, heads)
+
+        def before(step, evaluate):
+            if gathered.grid is None:
+                evaluate()  # shows which levels there are, so that only one of them has to be kept
+                gathered.choose(tokens)
+
+        look(model, conditioning, trajectory, every, receive, before)
+        size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
+        components, parts, masks = [], [], []
+        for matrix in gathered.average():
+            components.append(sheet.component_sheet(*self_maps.components(matrix, count, method), gathered.grid))
+            labels = self_maps.clusters(matrix, clusters, seed)
+            parts.append(sheet.cluster_sheet(labels, clusters, gathered.grid))
+            masks.append(self_maps.label_masks(labels, clusters, gathered.grid, size))
+        return io.NodeOutput(*(torch.cat(pictures) for pictures in (components, parts, masks)))
+
+
+class AttuneCompare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        node = io.Schema(
+            node_id="AttuneCompare",
+            display_name="Attune Compare",
+            category="Attune/view",
+            description=(
+                "Puts two to four pictures side by side with captions, and beside them a picture of where they differ: "
+                "black is the same, bright has changed."
+            ),
+            inputs=[
+                io.Image.Input(
+                    "image_1",
+                    tooltip="What the others are compared to. A batch makes one row a picture.",
+                ),
+                io.Image.Input("image_2", tooltip="The second picture; one, or as many as the other inputs hold."),
+                io.Image.Input("image_3", optional=True, tooltip="The third picture."),
+                io.Image.Input("image_4", optional=True, tooltip="The fourth picture."),
+                io.String.Input(
+                    "captions",
+                    multiline=True,
+                    default="source\nedit",
+                    tooltip="One line of text a picture, in order.",
+                ),
+                io.Combo.Input(
+                    "difference",
+                    options=list(sheet.DIFFERENCES),
+                    default=sheet.FIRST_AND_LAST,
+                    tooltip="Which differences to show: the last picture to the first, each to the first, or none.",
+                ),
+                io.Float.Input(
+                    "gain",
+                    default=2.0,
+                    min=0.1,
+                    max=100.0,
+                    step=0.5,
+                    round=0.01,
+                    tooltip="How much brighter differences are drawn than they are. Raise it to see small ones.",
+                ),
+                io.Int.Input(
+                    "height", default=256, min=64, max=2048, step=8, tooltip="Height of a picture on the sheet."
+                ),
+            ],
+            outputs=[
+                io.Image.Output("sheet", display_name="sheet", tooltip="All pictures as one."),
+                io.Image.Output(
+                    "differences",
+                    display_name="difference",
+                    tooltip="The differences alone, as large as the first picture; nothing where none are asked for.",
+                ),
+            ],
+        )
+        return schema.searchable(node, "side by side", "before after", "diff", "difference picture", "compare images")
+
+    @classmethod
+    def execute(cls, image_1, image_2, captions, difference, gain, height, image_3=None, image_4=None):
+        schema.check_choice(difference, sheet.DIFFERENCES, "The difference value", "Attune Compare")
+        given = {f"image_{i}": b for i, b in enumerate((image_1, image_2, image_3, image_4), 1) if b is not None}
+        rows = max(len(batch) for batch in given.values())
+        for name, batch in given.items():
+            if len(batch) not in (1, rows) or not len(batch):
+                raise ValueError(
+                    f"{name} holds {len(batch)} pictures where another input holds {rows}; give every input of Attune "
+                    "Compare one picture or as many as the others."
+                )
+        lines = [[batch[i if len(batch) > 1 else 0] for batch in given.values()] for i in range(rows)]
+        pictures, apart = sheet.compare_sheet(lines, captions.splitlines(), height, difference, gain)
+        return io.NodeOutput(pictures, ExecutionBlocker(None) if apart is None else apart)
 
 
 class AttuneContactSheet(io.ComfyNode):
@@ -127,4 +462,4 @@ class AttuneContactSheet(io.ComfyNode):
         return io.NodeOutput(sheet.contact_sheet(pictures, labels.splitlines(), height, wide))
 
 
-NODES = [AttuneAttentionMaps, AttuneContactSheet]
+NODES = [AttuneAttentionMaps, AttuneSelfAttentionView, AttuneCompare, AttuneContactSheet]

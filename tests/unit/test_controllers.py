@@ -177,12 +177,6 @@ def test_a_mask_alone_and_with_words():
     assert not both[0].any() and both[1].tolist() == [0, 0.5, 1, 1]
 
 
-def test_nearest_level():
-    grids = [(64, 64), (32, 32), (16, 16), (8, 8)]
-    assert blending().nearest(grids) == (16, 16) and blending(level=5000).nearest(grids) == (64, 64)
-    assert blending().nearest([(48, 72), (24, 36), (12, 18), (6, 9)]) == (12, 18)
-
-
 def test_blend_lands_on_the_source():
     x, clean, source = torch.randn(3, 2, 4, 8, 8)
     sigma, lower = 2.0, 1.5

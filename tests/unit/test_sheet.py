@@ -1,0 +1,169 @@
+"""The labelled pictures. ``nodes`` needs ComfyUI, but this file of it does not, so it is loaded by itself."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFont
+
+from attune.attention_patches import maps
+
+path = Path(__file__).resolve().parents[2] / "nodes" / "sheet.py"
+spec = importlib.util.spec_from_file_location("attune_sheet", path)
+sheet = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sheet)
+
+
+def found(words, layers=1, steps=1, pictures=1, grid=(16, 16)):
+    kept = tuple(torch.rand(len(words), steps, pictures, *grid) for _ in range(layers))
+    names = tuple(f"{i} up 16x16" for i in range(layers))
+    numbers = tuple((5 * i,) for i in range(steps)) if steps > 1 else ((0, 5, 10),)
+    return maps.WordMaps(tuple(words), names, numbers, 50, kept)
+
+
+def inked(band):
+    """Whether letters stand on the paper."""
+    return float((band - torch.tensor(sheet.PAPER) / 255).abs().max()) > 0.3
+
+
+def test_thirty_words_are_readable():
+    words = [f"word{i}" for i in range(29)] + ["antidisestablishmentarianism"]
+    out = sheet.map_sheet(found(words), maps.stretch)
+    assert out.shape[0] == 1 and out.shape[3] == 3
+    assert out.shape[2] <= sheet.WIDTH + 2 * sheet.GAP
+    pitch, top = 128 + sheet.GAP, 28 + sheet.GAP
+    tile = sheet._labelled(Image.new("RGB", (128, 128)), "x", 16)
+    for number in range(30):
+        x = sheet.GAP + pitch * (number % 8)
+        y = top + (tile.height + sheet.GAP) * (number // 8)
+        assert out[0, y : y + 128, x : x + 128].std() > 0.1, f"no map {number}"
+        assert inked(out[0, y + 128 : y + tile.height, x : x + 128]), f"no label {number}"
+    empty = sheet.GAP + pitch * 6  # the last row holds six
+    assert not inked(out[0, y : y + tile.height, empty:])
+
+
+def letters(tile, height=128):
+    """Height in pixels of the lettering below a picture."""
+    rows = np.nonzero((np.asarray(tile)[height:] != sheet.PAPER).any((1, 2)))[0]
+    return rows.max() - rows.min() + 1
+
+
+def test_long_words_get_smaller_before_they_are_cut():
+    blank = Image.new("RGB", (128, 128))
+    size = {text: letters(sheet._labelled(blank, text, 16)) for text in ("H", "H" * 13, "H" * 40)}
+    assert size["H"] > size["H" * 13] >= 8  # letters without descenders at 12 pixels
+    assert size["H" * 40] >= size["H" * 13] - 1
+    cut, font = np.asarray(sheet._labelled(blank, "H" * 40, 12)), ImageFont.load_default(12)
+    fitting = [text for text in ("H" * n + "~" for n in range(5, 40)) if font.getlength(text) <= 128]
+    assert np.array_equal(cut, sheet._labelled(blank, fitting[-1], 12))
+
+
+def test_what_varies_stands_under_a_map_and_the_rest_above():
+    plain = sheet.map_sheet(found("ab"), maps.stretch)
+    layers = sheet.map_sheet(found("ab", layers=3), maps.stretch)
+    both = sheet.map_sheet(found("ab", layers=3, steps=4), maps.stretch)
+    row = 128 + round(1.35 * 16) + round(16 / 3)
+    assert plain.shape[1] == 28 + row + 2 * sheet.GAP
+    assert layers.shape[1] == 28 + row + 16 + 2 * sheet.GAP  # one small line more
+    assert both.shape[1] == 3 * (row + 32) + 4 * sheet.GAP  # nothing in common, two lines more, two runs of 4 a row
+
+
+def test_a_words_steps_stay_together():
+    out = sheet.map_sheet(found("abc", steps=5), maps.stretch)
+    assert out.shape[2] == 5 * (128 + sheet.GAP) + sheet.GAP
+    many = sheet.map_sheet(found("abc", steps=20), maps.stretch)
+    assert many.shape[2] == 7 * (128 + sheet.GAP) + sheet.GAP  # 7 + 7 + 6
+
+
+def test_one_map_leaves_room_for_the_heading():
+    out = sheet.map_sheet(found("a"), maps.stretch)
+    assert out.shape[2] > 128 + 2 * sheet.GAP
+    letters = (out[0, :28] - torch.tensor(sheet.PAPER) / 255).abs().amax((0, 2)) > 0.1
+    assert letters.any() and not letters[: sheet.GAP].any() and not letters[-sheet.GAP :].any()
+
+
+def test_each_picture_of_a_batch_and_a_narrow_one():
+    out = sheet.map_sheet(found("ab", pictures=3, grid=(32, 8)), maps.stretch)
+    assert out.shape[0] == 3 and not torch.equal(out[0], out[1])
+    assert out.shape[2] == 2 * (96 + sheet.GAP) + sheet.GAP  # room for the label
+
+
+def test_more_maps_than_can_be_told_apart():
+    with pytest.raises(ValueError) as error:
+        sheet.map_sheet(found("abcd", layers=16, steps=10), maps.stretch)
+    assert "640 maps" in str(error.value) and "Attune Attention Maps" in str(error.value)
+    assert str(error.value).count(".") == 1
+
+
+# ---- comparing ---------------------------------------------------------------------------------------------------
+
+
+def test_a_difference_is_what_changed_times_the_gain():
+    one, other = torch.full((4, 6, 3), 0.5), torch.full((4, 6, 3), 0.5)
+    other[1, 2] = torch.tensor([0.5, 0.3, 0.6])
+    apart, mean = sheet.difference(one, other, 2.0)
+    assert abs(float(apart[1, 2]) - 0.4) < 1e-6 and apart.sum() == apart[1, 2]
+    assert abs(mean - 0.3 / 72) < 1e-7
+    assert sheet.difference(one, other, 100.0)[0].max() == 1
+    assert sheet.difference(one, torch.cat([one, torch.rand(4, 6, 1)], -1), 2.0)[1] == 0  # alpha is no change
+
+
+def test_another_size_is_brought_to_the_firsts():
+    y = torch.linspace(0, 1, 32)[:, None, None].expand(32, 32, 3)
+    big = torch.nn.functional.interpolate(y.permute(2, 0, 1)[None], (64, 96), mode="bilinear")[0].permute(1, 2, 0)
+    apart, mean = sheet.difference(y, big, 1.0)
+    assert apart.shape == (32, 32) and mean < 0.01
+
+
+@pytest.mark.parametrize(("kind", "count"), [("first and last", 2), ("each to the first", 4), ("none", 0)])
+def test_differences_row_by_row(kind, count):
+    rows = [[torch.full((8, 12, 3), v) for v in values] for values in ((0.1, 0.2, 0.4), (0.9, 0.8, 0.4))]
+    out, apart = sheet.compare_sheet(rows, ["one"], 64, kind, 1.0)
+    assert out.shape[0] == 1
+    if not count:
+        assert apart is None
+        return
+    assert apart.shape == (count, 8, 12, 3)
+    wanted = [0.3, 0.5] if count == 2 else [0.1, 0.3, 0.1, 0.5]
+    assert torch.allclose(apart[:, 0, 0, 0], torch.tensor(wanted), atol=1e-6)
+
+
+def test_a_difference_stands_below_its_picture():
+    rows = [[torch.zeros(64, 64, 3), torch.zeros(64, 64, 3), torch.ones(64, 64, 3)]]
+    out, _ = sheet.compare_sheet(rows, ["", "", ""], 128, "each to the first", 1.0)
+    pitch = 128 + sheet.GAP
+    lower = out[0, out.shape[1] // 2 :]
+    bright = [float(lower[:, sheet.GAP + pitch * i : pitch * (i + 1)].mean()) for i in range(3)]
+    assert bright[2] > 0.5 and bright[1] < bright[0] < 0.2  # nothing, black, white
+
+
+def test_contact_sheets_are_as_before():
+    pictures = [torch.rand(64, 64, 3) for _ in range(3)]
+    out = sheet.contact_sheet(pictures, ["a", "b"], 128, torch.rand(1, 30, 300, 3))
+    assert out.shape[2] == 3 * (128 + sheet.GAP) + sheet.GAP
+
+
+# ---- components and clusters -------------------------------------------------------------------------------------
+
+
+def test_clusters_keep_their_colours_and_shares():
+    labels = torch.tensor([0] * 12 + [1] * 4)
+    out = sheet.cluster_sheet(labels, 2, (4, 4))
+    first = out[0, sheet.GAP : sheet.GAP + 192, sheet.GAP : sheet.GAP + 192]
+    assert len(first.reshape(-1, 3).unique(dim=0)) == 2
+    top, bottom = first[10, 10], first[-10, 10]
+    assert torch.allclose(top, torch.tensor(sheet._color(0, 2)), atol=0.01)
+    assert torch.allclose(bottom, torch.tensor(sheet._color(1, 2)), atol=0.01)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_three_components_make_a_colour_picture(count):
+    parts = torch.linalg.qr(torch.randn(16, count))[0].T
+    out = sheet.component_sheet(parts, torch.full((count,), 0.1), (4, 4))
+    tiles = count + (count >= 3)
+    rows = -(-tiles // 5)
+    assert out.shape[2] == -(-tiles // rows) * (192 + sheet.GAP) + sheet.GAP
+    corner = out[0, sheet.GAP : sheet.GAP + 192, sheet.GAP : sheet.GAP + 192]
+    assert (float(corner.std(-1).max()) > 0.05) == (count >= 3)
