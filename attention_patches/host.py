@@ -1,14 +1,18 @@
 """The one file here that speaks ComfyUI's conventions: prompts, patches, rows, steps, and the reference passes.
 
-What rides on MODEL is a frozen :class:`Spec`. When sampling starts, a :class:`_Run` is made from it; in each step it
-runs the UNet once on every reference's latent, keeps q, k, v of the places that a controller acts at, and lets the
-host run the target, whose patched layers call the controllers. A reference's pass ends at the last such place, since
-nothing reads what comes after. When sampling ends, however it ends, the run is dropped.
+What rides on MODEL is a frozen :class:`Spec`. When sampling starts, a :class:`_Run` is made from it, and when it ends,
+however it ends, that is dropped. In each step the UNet also sees every reference's latent at that noise level, and the
+target's patched layers hand the controllers q, k, v of both. There are two ways to that, with one result:
+
+- alone on the MODEL, the references are further rows of the target's own call, which is the quickest;
+- beside a ControlNet, other packs' patches and caches, on little memory, or where only the first layers are read, each
+  reference runs before the target in a call of its own, which ends at the last place that anything reads.
 
 Host facts used (checked on 0.3.52 and 0.3.75): wrappers OUTER_SAMPLE, PREDICT_NOISE, CALC_COND_BATCH, APPLY_MODEL;
-`patches_replace` for attn1 and attn2; extra `model_conds` travel with their rows; `transformer_options` keys block,
-block_index, activations_shape, n_heads, sample_sigmas; `sampler_helpers.convert_cond`; `samplers.process_conds`; the
-tokenizer's word ids and its vocabulary's letters.
+`patches_replace` for attn1 and attn2; extra `model_conds` travel with their rows and know how to `concat`;
+`transformer_options` keys block, block_index, activations_shape, n_heads, sample_sigmas; `get_area_and_mult`,
+`memory_required` and `get_free_memory`; `sampler_helpers.convert_cond`; `samplers.process_conds`; the tokenizer's word
+ids and its vocabulary's letters.
 """
 
 import contextlib
@@ -21,7 +25,7 @@ from dataclasses import dataclass, replace
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from comfy.conds import CONDRegular
+from comfy.conds import CONDCrossAttn, CONDRegular
 from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
@@ -38,6 +42,7 @@ KEY = "attune"  # of the spec in transformer_options and of our wrappers
 RUN = "attune_run"  # in transformer_options while sampling: what this run has gathered
 PROMPT = "attune_prompt"  # in a conditioning's dictionary: the prompt it was encoded from
 END = 49407  # CLIP's end token, which also pads
+RIDERS = "attune_riders"  # in transformer_options: references that are to be rows of the target's call
 ROLE = "attune_role"  # among a conditioning's model_conds: which edit its rows belong to, 0 for none
 
 
@@ -175,18 +180,31 @@ def _calc_cond_batch(executor, model, conds, x, timestep, model_options):
     run = model_options["transformer_options"].get(RUN)
     if run is None or not run.enter(float(timestep[0])):
         return executor(model, conds, x, timestep, model_options)
-    run.read_references(model, x, timestep, model_options)
-    return executor(model, conds, x, timestep, _patched(run.layers, model_options, _EditPatch(run, len(x))))
+    riders = run.riders(model, conds, x, timestep, model_options)
+    if not riders:
+        run.read_references(model, x, timestep, model_options)
+    patched = _patched(run.layers, model_options, _EditPatch(run, len(x)))
+    patched["transformer_options"][RIDERS] = riders
+    return executor(model, conds, x, timestep, patched)
 
 
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
     tags = conds.pop(ROLE, None)
-    if tags is not None:
-        # Read once a call, since every look at a tensor's values makes a GPU wait.
-        tags = tags[:, 0].tolist()
-        rows = {role: [i for i, t in enumerate(tags) if t == role] for role in set(tags)}
-        transformer_options = {**transformer_options, ROLE: rows}
-    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
+    if tags is None:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
+    # Read once a call, since every look at a tensor's values makes a GPU wait.
+    tags = tags[:, 0].tolist()
+    rows = {role: [i for i, t in enumerate(tags) if t == role] for role in set(tags)}
+    riders = transformer_options.get(RIDERS) or {}
+    riders = riders if any(rows) else {}  # a call without rows of an edit takes none along
+    count = len(x)
+    for name, (latent, texts) in riders.items():
+        rows[name] = list(range(len(x), len(x) + len(latent)))
+        x, t = torch.cat([x, latent]), torch.cat([t, t[:1].expand(len(latent))])
+        c_crossattn = CONDCrossAttn(c_crossattn).concat([texts["c_crossattn"]])
+        conds = {key: torch.cat([value, texts[key].cond]) for key, value in conds.items()}
+    transformer_options = {**transformer_options, ROLE: rows}
+    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)[:count]
 
 
 class _Run:
@@ -283,12 +301,44 @@ class _Run:
             )
         return 1 + list(lengths).index(prompt)
 
+    def riders(self, model, conds, x, timestep, model_options):
+        """The references as rows of the target's own call: name to (latent, prepared conditioning); {} where they had
+        better run alone.
+        """
+        options, sigma = model_options["transformer_options"], float(timestep[0])
+        active = [[c for c in group if _holds(c, sigma)] for group in conds if group is not None]
+        ours = [c for name in self.conds for c in self.conds[name] if _holds(c, sigma)]
+        every = [c for group in active for c in group] + ours
+        alone = (
+            self.last[1:3] != list(self.places)[-1][1:3]
+            or "model_function_wrapper" in model_options
+            or any(options.get("patches", {}).values())
+            or any(options.get("patches_replace", {}).values())
+            or any(set(table) - {KEY} for table in options.get("wrappers", {}).values())
+            or any(set(c) & NOT_IN_ROWS for c in every)
+            or any(set(c["model_conds"]) - {ROLE} != set(ours[0]["model_conds"]) for c in every)
+            or any(type(kind) not in IN_ROWS for c in every for kind in c["model_conds"].values())
+            or len(ours) != len(self.spec.references)
+        )
+        if alone:
+            return {}
+        latents = {r.name: r.latent(sigma).to(x) for r in self.spec.references}
+        rows = len(x) * (len(every) - len(ours)) + sum(map(len, latents.values()))
+        # The host's own measure of what it may run at once.
+        if model.memory_required([rows, *x.shape[1:]]) * 1.5 > comfy.model_management.get_free_memory(x.device):
+            return {}
+        self.fresh = sigma != self.sigma
+        self.features.clear()
+        self.sigma = sigma
+        texts = (comfy.samplers.get_area_and_mult(c, latents[n], timestep) for n in latents for c in self.conds[n])
+        return {name: (latents[name], one.conditioning) for name, one in zip(latents, texts, strict=True)}
+
     def read_references(self, model, x, timestep, model_options):
         """Runs the UNet on each reference's latent at this sigma, one row a picture; keeps what controllers want."""
         sigma = float(timestep[0])
         self.fresh = sigma != self.sigma
-        if not self.fresh:  # a second pass at one step, such as perturbed attention's, reads the same
-            return
+        if not self.fresh and self.features:
+            return  # a second pass at one step, such as perturbed attention's, reads the same
         self.features.clear()
         # Caching packs skip passes from these two wrappers; a reference must never be skipped.
         skipping = (WrappersMP.CALC_COND_BATCH, WrappersMP.DIFFUSION_MODEL)
@@ -337,6 +387,16 @@ class _Run:
             (reference,) = (r for r in self.spec.references if r.name == one.reference)
             clean = blend(x, clean, reference.latent(max(below)).to(x), weight.to(x), sigma, max(below))
         return clean
+
+
+# What a conditioning may carry that cannot be one call's rows with others, and what can.
+NOT_IN_ROWS = {"control", "hooks", "gligen", "default", "area"}
+IN_ROWS = (CONDRegular, CONDCrossAttn)
+
+
+def _holds(cond, sigma):
+    """Whether a conditioning with or without a stretch of the schedule takes part at this noise level."""
+    return cond.get("timestep_end", 0.0) <= sigma <= cond.get("timestep_start", float("inf"))
 
 
 def _refuse_area(cond):
@@ -493,7 +553,7 @@ class _EditPatch:
         # Where nothing lines up, or a pack's tiling kept a reference from being read, attention stays as it is.
         if place is None or rows is None or sum(map(len, rows.values())) != len(own.q):
             return attend(*own, options)
-        if not all(place.layer in store for store in self.run.features.values()):
+        if not options[RIDERS] and not all(place.layer in store for store in self.run.features.values()):
             return attend(*own, options)
         roles = {prompt: rows[role] for role, prompt in enumerate(self.run.spec.lengths, 1) if role in rows}
         acting = [c for c in self.run.spec.controllers if c.prompt in roles and c.edits(place)]
@@ -501,21 +561,28 @@ class _EditPatch:
             return self._self_attention(place, own, options, attend, [(c, roles[c.prompt]) for c in acting])
         return self._cross_attention(place, own, options, attend, inner, acting, roles)
 
-    def _references(self, place, rows):
+    def _references(self, place, own, options, rows):
         """What each reference holds at this place, for these rows; a chunk's rows follow the pictures of the batch."""
         pictures = [row % self.batch for row in rows]
-        for name, store in self.run.features.items():
-            kept = store[place.layer]
+        for name, kept in self._kept(place, own, options):
             if len(kept.q) == 1:
                 yield name, QKV(*(t.expand(len(rows), -1, -1) for t in kept))
             else:
                 yield name, QKV(*(t[_span(pictures)] for t in kept))
 
+    def _kept(self, place, own, options):
+        for name, (_, texts) in options[RIDERS].items():
+            at = _span(options[ROLE][name])
+            length = own.k.shape[1] if place.kind == "self" else texts["c_crossattn"].cond.shape[1]
+            yield name, QKV(own.q[at], own.k[at, :length], own.v[at, :length])
+        for name, store in self.run.features.items():
+            yield name, store[place.layer]
+
     def _self_attention(self, place, own, options, attend, acting):
         for controller, rows in acting:
             at = _span(rows)
             mine = QKV(*(t[at] for t in own))
-            edited = controller.self_attention(place, mine, dict(self._references(place, rows)))
+            edited = controller.self_attention(place, mine, dict(self._references(place, own, options, rows)))
             own = QKV(*(t if e is m else _with_rows(t, at, e) for t, m, e in zip(own, mine, edited, strict=True)))
         return attend(*own, options)
 
@@ -533,7 +600,7 @@ class _EditPatch:
             q, k, v = own.q[at], own.k[at, :tokens], own.v[at, :tokens]
             unread = inner is None and mine and not mine[0].reads_own_map(place)
             p = plain = None if unread else attention_map(q, k, heads)
-            references = {n: attention_map(r.q, r.k, heads) for n, r in self._references(place, rows)}
+            references = {n: attention_map(r.q, r.k, heads) for n, r in self._references(place, own, options, rows)}
             for controller in mine:
                 p = controller.cross_map(place, p, references)
             for number in watching:

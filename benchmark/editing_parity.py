@@ -13,7 +13,7 @@ import argparse
 import functools
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.utils
@@ -114,9 +114,7 @@ class Sides:
         sigmas = host.schedule(self.bench.model, self.bench.steps, grid)
         blank = {"samples": torch.zeros(1, 4, 16, 16)}
         arguments = True, seed, self.bench.guidance, self.bench.text(caption), self.empty
-        drawn, *_ = call(invert.AttuneRecordTrajectory, self.bench.model, *arguments, self.euler, sigmas, blank)
-        # The papers' timesteps end in a step onto itself, which windows count and a recording cannot know of.
-        return replace(drawn, steps=self.bench.steps)
+        return call(invert.AttuneRecordTrajectory, self.bench.model, *arguments, self.euler, sigmas, blank)[0]
 
     def ours(self, case, trajectory):
         """The last latent (1, 4, h, w) that the pack's nodes and the stock sampler draw."""

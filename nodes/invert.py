@@ -1,5 +1,6 @@
 """From a picture to a trajectory, and what makes its way back hold under guidance."""
 
+import math
 from dataclasses import replace
 
 from comfy_api.latest import io
@@ -422,7 +423,9 @@ class AttuneRecordTrajectory(io.ComfyNode):
         )
         prompt = schema.caption(cls, "positive")
         header = {**host.describe_model(model), "method": "recorded", "guidance": cfg, "prompt": prompt}
-        trajectory = Trajectory(sigmas.cpu().float(), path, len(sigmas) - 1, header, positive, negative)
+        # The papers' grid ends at the lowest noise level, where they count a step onto itself.
+        papers = math.isclose(float(sigmas[-1]), host.lowest_sigma(model), rel_tol=1e-3)
+        trajectory = Trajectory(sigmas.cpu().float(), path, len(sigmas) - 1 + papers, header, positive, negative)
         start = {**latent, "samples": host.to_host_scale(model, trajectory.noise)}
         start.pop("noise_mask", None)
         return io.NodeOutput(trajectory, {**latent, "samples": samples}, start, sigmas)

@@ -433,16 +433,54 @@ def test_the_grids_are_the_ones_that_the_network_uses(bench):
     assert seen == [((kind, *block, depth), g) for (block, depth), g in known.items() for kind in ("self", "cross")]
 
 
-def test_the_source_is_read_no_further_than_needed(bench):
-    """A blend that reads maps of one level, after all injections, leaves the rest of the source's pass undone."""
-    unet = bench.model.model.diffusion_model
+@contextlib.contextmanager
+def rows_at_the_end(bench):
+    """Rows that reach the UNet's last layer, call by call."""
     reached = []
-    handle = unet.out[-1].register_forward_pre_hook(lambda _, args: reached.append(len(args[0])))
+    handle = bench.model.model.diffusion_model.out[-1].register_forward_pre_hook(
+        lambda _, args: reached.append(len(args[0]))
+    )
     try:
-        bench.sample(*local_blend(bench, 1, inside="circle"))
-        assert reached == [2] * STEPS  # the target's two rows only
-        reached.clear()
-        bench.sample(*prompt_swap(bench, 1))
-        assert reached == [2] * STEPS
+        yield reached
     finally:
         handle.remove()
+
+
+def test_the_source_is_read_no_further_than_needed(bench):
+    """Where only the first layers are read, the source has a call of its own, which ends there."""
+    with rows_at_the_end(bench) as reached:
+        outputs_of(bench, (0.0, 0.0, 0.0, 1.0, 64))  # self-attention at 8x8 and below
+        assert reached == [2] * STEPS
+    with rows_at_the_end(bench) as reached:
+        outputs_of(bench, (0.0, 1.0, 0.0, 1.0, 1024))
+        assert reached == [3] * STEPS  # in one call with the target's
+
+
+def outputs_of(bench, windows):
+    return bench.sample(*words(bench, AttunePromptSwap, windows=windows))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_both_ways_to_the_source_agree(method, bench):
+    """As rows of the target's call, and in a call of its own, as it is beside any other pack's patch."""
+    model, positive = method(bench, 1)
+    alone = bench.sample(model, positive)
+    beside = model.clone()
+    beside.set_model_input_block_patch(lambda h, options: h)
+    with rows_of(bench) as rows:
+        apart = bench.sample(beside, positive)
+    assert max(rows) == 2 and min(rows) == 1
+    assert differ(alone, apart) < 1e-3
+
+
+def test_a_long_text_and_a_batch_in_one_call(bench):
+    """The source's text is shorter than the target's, and the call holds two pictures of each."""
+    pair = Bench(batch=2)
+    target = TARGET + " and" + " and".join([" a small white star"] * 20)
+    model, positive = prompt_refine(pair, 1, target=target)
+    with rows_of(pair) as rows:
+        together = pair.sample(model, positive)
+    assert max(rows) == 6
+    beside = model.clone()
+    beside.set_model_input_block_patch(lambda h, options: h)
+    assert differ(together, pair.sample(beside, positive)) < 1e-3

@@ -522,6 +522,14 @@ def test_a_recorded_euler_run_is_a_trajectory_to_the_bit(bench):
     assert distance(again, picture["samples"]) < 1e-3
 
 
+@pytest.mark.parametrize("grid", [runs.HOST_GRID, runs.PAPERS_GRID])
+def test_a_recorded_run_counts_the_grids_steps(bench, grid):
+    """Windows are shares of the same number of steps, whether a picture was inverted or recorded."""
+    sigmas = runs.schedule(bench.model, 5, grid)
+    (made, *_), _ = record(bench, sigmas=sigmas)
+    assert made.steps == 5
+
+
 def test_recording_batches_masks_and_partial_runs(bench, latent):
     both = {"samples": torch.cat([latent["samples"]] * 2), "noise_mask": torch.zeros(1, 1, 128, 128)}
     both["noise_mask"][..., :64] = 1
