@@ -115,7 +115,6 @@ def everything(bench, strength, model=None):
 # Every method that edits a MODEL joins here, and with that every contract test.
 METHODS = {
     "prompt swap": prompt_swap,
-    "prompt refine": prompt_refine,
     "prompt reweight": prompt_reweight,
     "swap and local blend": swap_and_blend,
     "refine, reweight and local blend": everything,
