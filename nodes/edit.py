@@ -349,7 +349,10 @@ class AttuneLocalBlend(io.ComfyNode):
                 io.String.Input(
                     "outside",
                     default="",
-                    tooltip="Words whose place must not change, with commas between; they win over the words inside.",
+                    tooltip=(
+                        "Words whose place must not change, with commas between; they win over the words inside. To "
+                        "change a background, leave inside empty and name the things that stand before it here."
+                    ),
                 ),
                 io.Float.Input(
                     "threshold",

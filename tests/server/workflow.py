@@ -65,6 +65,30 @@ def was_cached(entry):
 SOURCE = "a red circle and a blue square on a gray background"
 TARGET = "a yellow circle and a blue square on a gray background"
 SEED, SIDE = 3, 128
+IN_THE_DEMO = {  # what the workflows say, and what is said in its place
+    "a drawing of a girl in a pink dress on a green hill": SOURCE,
+    "a drawing of a girl in a red dress on a green hill": TARGET,
+    "a drawing of a girl in a pink dress on a snowy hill": TARGET,
+    "a drawing of a girl in a striped pink dress on a green hill": (
+        "a striped red circle and a blue square on a gray background"
+    ),
+    "a drawing of a girl in a pink dress on a snowy green hill": "a red circle and a blue square on a green background",
+    "a drawing of a girl in a pink dress on a sandy beach": "a red circle and a blue square on a green background",
+    "a drawing of a girl in a pink dress on a white hill": "a red circle and a blue square on a white background",
+    "a photograph of a red car in front of a house": SOURCE,
+    "a photograph of a blue car in front of a house": TARGET,
+    "dress": "circle",
+    "girl, dress, hill": "circle, square, background",
+    "girl, pink dress": "red circle",
+    "pink: 2": "red: 2",
+    "snowy: 2": "green: 1.5",
+    "snowy: 0": "green: 0",
+    "": "",
+}
+WRITTEN = {
+    "value", "text", "source_prompt", "target_prompt", "prompt", "words", "mask_word", "inside", "outside", "preserve",
+    "weights", "word_windows",
+}  # fmt: skip
 
 
 def in_the_demo_world(prompt: dict) -> dict:
@@ -77,13 +101,13 @@ def in_the_demo_world(prompt: dict) -> dict:
             node.update(class_type="AttuneDemoScene", inputs={"caption": SOURCE, "seed": SEED, "size": SIDE})
         elif kind in ("ImageScale", "EmptyLatentImage"):
             inputs.update(width=SIDE, height=SIDE)
-        elif kind == "AttunePromptSwap":
-            inputs.update(target_prompt=TARGET, self_end=0.8)
+        elif kind == "AttunePromptSwap" and inputs["self_end"]:
+            inputs["self_end"] = 0.8
         elif kind == "AttuneLoadTrajectory":
             inputs["file"] = "demo " + inputs["file"]
-        for name, text in (("value", SOURCE), ("text", TARGET)):
-            if node["_meta"]["title"] in ("Source prompt", "Target prompt") and name in inputs:
-                inputs[name] = text
+        for name in WRITTEN & set(inputs):
+            if isinstance(inputs[name], str):
+                inputs[name] = IN_THE_DEMO[inputs[name]]
         if "filename_prefix" in inputs:
             inputs["filename_prefix"] = "demo " + inputs["filename_prefix"]
     return prompt

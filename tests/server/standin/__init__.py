@@ -1,7 +1,8 @@
-"""A ComfyUI extension for the tests alone: a small random checkpoint under the name of the Stable Diffusion 1.5 file.
+"""A ComfyUI extension for the tests alone: small random files, and a node that stands for another pack.
 
-It teaches the stock loader one more width of SD 1.x and writes the file into the server's own base folder, so that a
-shipped workflow runs there without a change and without a download. Never attach it to a ComfyUI that is in use.
+A checkpoint has the name of the Stable Diffusion 1.5 file, and the stock loader is taught its width, so that a shipped
+workflow runs without a change and without a download. A LoRA and a ControlNet fit the demo model. All are written into
+the server's own base folder. Never attach it to a ComfyUI that is in use.
 """
 
 from pathlib import Path
@@ -10,6 +11,8 @@ import comfy.ops
 import comfy.supported_models
 import folder_paths
 import torch
+from comfy.cldm.cldm import ControlNet
+from comfy.ldm.modules import attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer
 from comfy.supported_models_base import ClipTarget
@@ -25,7 +28,6 @@ CLIP = {
     "num_hidden_layers": 2,
     "projection_dim": TEXT_WIDTH,
 }
-NODE_CLASS_MAPPINGS = {}
 
 
 class SmallClip(SD1ClipModel):
@@ -65,15 +67,83 @@ def filled(module, prefix, random):
     return tensors
 
 
-def write(path):
-    random = torch.Generator().manual_seed(0)
+def save(folder, name, tensors):
+    path = Path(folder_paths.get_folder_paths(folder)[0]) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+
+
+def checkpoint(random):
     unet = filled(build_unet(), "model.diffusion_model.", random)
     # A random network is no denoiser; a faint one leaves the picture alone, and null-text has little to learn.
     unet["model.diffusion_model.out.2.weight"] *= 0.001
     text = {k.replace("clip_l", "cond_stage_model", 1): v for k, v in filled(SmallClip(), "", random).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({**unet, **text, **filled(TAESD(), "first_stage_model.", random)}, path)
+    return {**unet, **text, **filled(TAESD(), "first_stage_model.", random)}
 
+
+# -- beside the demo model ---------------------------------------------------------------------------------------------
+
+
+def lora(random):
+    """Rank 4, on what some of the demo model's layers put out, by the names that trainers write."""
+    tensors = {}
+    for place, width in (("input_blocks_4_1", 64), ("middle_block_1", 128), ("output_blocks_9_1", 64)):
+        for layer in ("attn1_to_v", "attn2_to_out_0"):
+            name = f"lora_unet_{place}_transformer_blocks_0_{layer}"
+            tensors[f"{name}.lora_down.weight"] = torch.randn(4, width, generator=random) / width**0.5
+            tensors[f"{name}.lora_up.weight"] = torch.randn(width, 4, generator=random) / 2
+            tensors[f"{name}.alpha"] = torch.tensor(4.0)
+    return tensors
+
+
+def control_net(random):
+    """Of the demo model's widths; the stock loader finds them out by itself."""
+    net = ControlNet(
+        image_size=32, in_channels=4, model_channels=64, hint_channels=3, num_res_blocks=[2, 2, 2, 2],
+        channel_mult=(1, 1, 2, 2), num_head_channels=64, use_spatial_transformer=True, context_dim=128, legacy=False,
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_middle=1, dtype=torch.float32,
+        operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    return filled(net, "", random)
+
+
+class Adapter:
+    """What IP-Adapter packs put into an attention slot: it adds to the attention and takes further callbacks."""
+
+    def __init__(self, weight):
+        self.weights = [weight]
+
+    def add(self, _, weight):
+        self.weights.append(weight)
+
+    def __call__(self, q, k, v, options):
+        out = attention.optimized_attention(q, k, v, options["n_heads"])
+        return out + sum(self.weights) * torch.roll(out, 1, dims=-1)
+
+
+class StandInAdapter:
+    """Puts them there as those packs do: ``.add`` where the slot is taken, an object of its own where it is free."""
+
+    INPUT_TYPES = classmethod(lambda _: {"required": {"model": ("MODEL",), "weight": ("FLOAT", {"default": 0.3})}})
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "apply"
+
+    def apply(self, model, weight):
+        model = model.clone()
+        options = model.model_options["transformer_options"] = model.model_options["transformer_options"].copy()
+        table = options["patches_replace"] = dict(options.get("patches_replace", {}))
+        entries = table["attn2"] = dict(table.get("attn2", {}))
+        for key in [("input", 1), ("input", 4), ("middle", 0), ("output", 5), ("output", 10)]:
+            if key in entries:
+                entries[key].add(None, weight)
+            else:
+                entries[key] = Adapter(weight)
+        return (model,)
+
+
+NODE_CLASS_MAPPINGS = {"StandInAdapter": StandInAdapter}
 
 comfy.supported_models.models.insert(0, StandIn)
-write(Path(folder_paths.get_folder_paths("checkpoints")[0]) / NAME)
+save("checkpoints", NAME, checkpoint(torch.Generator().manual_seed(0)))
+save("loras", "demo.safetensors", lora(torch.Generator().manual_seed(0)))
+save("controlnet", "demo.safetensors", control_net(torch.Generator().manual_seed(0)))
