@@ -1,0 +1,266 @@
+"""What an edit costs beside stock sampling: UNet rows a step, time for each row, memory.
+
+    --size demo     the demo model at its own size
+    --size full     SD 1.5's UNet with random weights, for pictures of 256 px
+
+Every edit's windows span the whole sampling, which is the dearest it can be. Time is compared within one run, turn and
+turn about; a row is one picture through the UNet under one text, and stock sampling takes two of them a step. The
+figures are printed, and kept in benchmark/editing.json.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_patcher
+import comfy.supported_models
+import comfy.utils
+import comfy_extras.nodes_custom_sampler as custom
+import torch
+
+import nodes as stock
+
+from ..demo.measure import call
+from ..demo.model import UNET, _initialise
+from ..inversion import host
+from ..inversion.trajectory import Trajectory
+from ..nodes import demo, edit
+from .live import LiveBytes
+
+RESULTS = Path(__file__).parent / "editing.json"
+SOURCE = "a red circle and a blue square on a gray background"
+TARGET = "a yellow circle and a blue square on a gray background"
+LONGER = "a red striped circle and a blue square on a gray background"
+# What SD 1.5's UNet has other than the demo model's.
+FULL = {
+    "model_channels": 320,
+    "channel_mult": (1, 2, 4, 4),
+    "num_heads": 8,
+    "num_head_channels": -1,
+    "context_dim": 768,
+}
+STOCK, APART = "stock sampling", "the same rows with no edit"
+ALWAYS = (0.0, 1.0, 0.0, 1.0, 1024)
+log = logging.getLogger("attune.bench")
+
+
+# ---- what is sampled ---------------------------------------------------------------------------------------------
+
+
+class Widened:
+    """A CLIP whose embeddings are carried to another width at random: for networks that were never trained."""
+
+    def __init__(self, clip, width):
+        self._clip, self._width = clip, width
+
+    def __getattr__(self, name):
+        return getattr(self._clip, name)
+
+    def encode_from_tokens_scheduled(self, *args, **kwargs):
+        encoded = self._clip.encode_from_tokens_scheduled(*args, **kwargs)
+        generator = torch.Generator().manual_seed(0)
+        carry = torch.randn(encoded[0][0].shape[-1], self._width, generator=generator) / 16
+        return [[text @ carry.to(text), extras] for text, extras in encoded]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and a run of it that an edit can read. The run need not make a picture: only its cost is looked at."""
+
+    model: object
+    clip: object
+    trajectory: Trajectory
+    noise: dict
+
+    def text(self, prompt):
+        return call(stock.CLIPTextEncode, self.clip, prompt)[0]
+
+    def sample(self, model, positive, guidance=7.5):
+        euler = call(custom.KSamplerSelect, "euler")[0]
+        negative, sigmas = self.text(""), self.trajectory.sigmas
+        return call(custom.SamplerCustom, model, False, 0, guidance, positive, negative, euler, sigmas, self.noise)[0]
+
+    @property
+    def unet(self):
+        return self.model.model.diffusion_model
+
+
+def subject(model, clip, side, steps):
+    sigmas = host.schedule(model, steps, host.HOST_GRID)
+    generator = torch.Generator().manual_seed(0)
+    noise, picture = torch.randn(2, 1, 4, side, side, generator=generator)
+    path = torch.stack([picture + s * noise for s in sigmas])
+    trajectory = Trajectory(sigmas, path, len(sigmas) - 1, host.describe_model(model) | {"prompt": SOURCE})
+    return Subject(model, clip, trajectory, {"samples": host.to_host_scale(model, trajectory.noise)})
+
+
+def demo_size(steps):
+    model, clip, _ = call(demo.AttuneDemoCheckpoint)
+    return subject(model, clip, 16, steps)
+
+
+def full_size(steps, side=32):
+    config = comfy.supported_models.SD15({})
+    config.unet_config = UNET | FULL
+    config.set_inference_dtype(torch.float32, None)
+    torch.manual_seed(0)
+    model = config.get_model({"some": torch.zeros(1)}, device=torch.device("cpu"))
+    model.diffusion_model.apply(_initialise)
+    # A random network is no denoiser; a small last layer keeps its runs tame.
+    torch.nn.init.normal_(model.diffusion_model.out[2].weight, std=0.01)
+    model = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    return subject(model, Widened(call(demo.AttuneDemoCheckpoint)[1], FULL["context_dim"]), side, steps)
+
+
+# ---- the edits, at their dearest ---------------------------------------------------------------------------------
+
+
+def swap(it, model=None):
+    return call(edit.AttunePromptSwap, model or it.model, it.clip, it.trajectory, SOURCE, TARGET, *ALWAYS)
+
+
+def refine(it):
+    return call(edit.AttunePromptRefine, it.model, it.clip, it.trajectory, SOURCE, LONGER, *ALWAYS)
+
+
+def swap_and_reweight(it):
+    model, _ = swap(it)
+    return call(edit.AttunePromptReweight, model, it.clip, it.trajectory, TARGET, "yellow: 2", *ALWAYS)
+
+
+def swap_and_blend(it):
+    model, _ = swap(it)
+    words = SOURCE, TARGET, "circle", "square", 0.3, 0.0, 256
+    return call(edit.AttuneLocalBlend, model, it.clip, it.trajectory, *words)
+
+
+EDITS = {
+    "swap": swap,
+    "refine": refine,
+    "swap and re-weight": swap_and_reweight,
+    "swap and local blend": swap_and_blend,
+}
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
+def ways(it):
+    """What is compared: name -> (model, positive, guidance)."""
+    plain = it.text(TARGET)
+    found = {STOCK: (it.model, plain, 7.5), "guidance 1": (it.model, plain, 1.0)}
+    return found | {name: (*make(it), 7.5) for name, make in EDITS.items()}
+
+
+def time_of(it, way):
+    """Rows that the UNet is run on in one sampling, and its seconds by the wall's clock and by the processor's."""
+    rows = []
+    handle = it.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    wall, busy = time.perf_counter(), time.process_time()
+    try:
+        it.sample(*way)
+    finally:
+        handle.remove()
+    return sum(rows), time.perf_counter() - wall, time.process_time() - busy
+
+
+def times(it, repeats):
+    """Name -> rows a step, and seconds a row over stock sampling's: the median over turns."""
+    compared, seen = ways(it), {}
+    for name, way in compared.items():
+        seen[name] = [time_of(it, way)]  # thrown away: whatever happens only once
+    for turn in range(repeats):
+        for name, way in compared.items():
+            seen[name].append(time_of(it, way))
+        log.info("turn %d of %d", turn + 1, repeats)
+    steps = it.trajectory.steps
+    seen = {name: measured[1:] for name, measured in seen.items()}
+    # An edit's three rows come as one and two. This is what they take where nothing is edited.
+    alone = seen.pop("guidance 1")
+    seen[APART] = [tuple(a + b for a, b in zip(*pair, strict=True)) for pair in zip(alone, seen[STOCK], strict=True)]
+    out = {}
+    for name, measured in seen.items():
+        wall, busy = (
+            statistics.median(m[i] / m[0] / (s[i] / s[0]) for m, s in zip(measured, seen[STOCK], strict=True))
+            for i in (1, 2)
+        )
+        seconds = statistics.median(m[1] / m[0] for m in measured)
+        out[name] = {
+            "rows a step": round(measured[0][0] / steps, 2), "milliseconds a row": round(1000 * seconds, 1),
+            "a row over stock": round(wall, 3), "the same by the processor's clock": round(busy, 3),
+        }  # fmt: skip
+    return out
+
+
+def memory(it):
+    """Name -> the most bytes that tensors held in one sampling, and over stock sampling's with the weights."""
+    weights = sum(p.numel() * p.element_size() for p in it.unet.parameters())
+    peaks = {}
+    for name, way in ways(it).items():
+        with LiveBytes() as live:
+            it.sample(*way)
+        peaks[name] = live.peak
+    del peaks["guidance 1"]
+    return {
+        name: {
+            "peak MB": round(peak / 1e6, 2),
+            "over stock": round(peak / peaks[STOCK], 3),
+            "over stock, weights counted": round((peak + weights) / (peaks[STOCK] + weights), 3),
+        }
+        for name, peak in peaks.items()
+    }
+
+
+def table(found):
+    """The figures as Markdown."""
+    keys = list(dict.fromkeys(key for row in found.values() for key in row))
+    lines = ["| | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(str(row.get(k, "")) for k in keys) + " |" for name, row in found.items()]
+    return "\n".join(lines)
+
+
+def kept():
+    """The figures of all benchmarks of edits."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def keep(benchmark, part, found):
+    """Puts a part's figures among those that are there."""
+    known = kept()
+    known.setdefault(benchmark, {})[part] = found
+    RESULTS.write_text(json.dumps(known, indent=2) + "\n")
+
+
+SIZES = {"demo": (demo_size, 20, 11), "full": (full_size, 2, 5)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=(*SIZES, "all"), default="all")
+    parser.add_argument("--steps", type=int, help="20 at the demo size, 2 at the full one")
+    parser.add_argument("--repeats", type=int, help="turns; 11 at the demo size, 5 at the full one")
+    parser.add_argument("--edits", nargs="+", choices=tuple(EDITS), help="only these; nothing is kept then")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    for name in set(EDITS) - set(args.edits or EDITS):
+        del EDITS[name]
+    for size, (make, steps, repeats) in SIZES.items():
+        if args.size not in (size, "all"):
+            continue
+        with torch.inference_mode():
+            it = make(args.steps or steps)
+            rows = memory(it)
+            found = times(it, args.repeats or repeats)
+        found = {name: row | rows.get(name, {}) for name, row in found.items()}
+        log.info("\n%s size, latents of %s:\n%s", size, list(it.noise["samples"].shape[2:]), table(found))
+        if not args.edits:
+            keep("cost", size, found)
+
+
+if __name__ == "__main__":
+    main()
