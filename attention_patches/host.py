@@ -239,9 +239,10 @@ class _Run:
             if self.reads(Place(layer[0], layer[1:3], layer[3], grid, self.step, self.steps))
         ]
         self.last = read[-1] if read else None
-        if not read:
+        self.fresh = sigma != self.sigma
+        self.sigma = sigma if read else None
+        if self.fresh or not read:
             self.features.clear()
-            self.sigma = None
         return bool(read)
 
     def reads(self, place):
@@ -305,7 +306,7 @@ class _Run:
         """The references as rows of the target's own call: name to (latent, prepared conditioning); {} where they had
         better run alone.
         """
-        options, sigma = model_options["transformer_options"], float(timestep[0])
+        options, sigma = model_options["transformer_options"], self.sigma
         active = [[c for c in group if _holds(c, sigma)] for group in conds if group is not None]
         ours = [c for name in self.conds for c in self.conds[name] if _holds(c, sigma)]
         every = [c for group in active for c in group] + ours
@@ -327,19 +328,14 @@ class _Run:
         # The host's own measure of what it may run at once.
         if model.memory_required([rows, *x.shape[1:]]) * 1.5 > comfy.model_management.get_free_memory(x.device):
             return {}
-        self.fresh = sigma != self.sigma
         self.features.clear()
-        self.sigma = sigma
         texts = (comfy.samplers.get_area_and_mult(c, latents[n], timestep) for n in latents for c in self.conds[n])
         return {name: (latents[name], one.conditioning) for name, one in zip(latents, texts, strict=True)}
 
     def read_references(self, model, x, timestep, model_options):
         """Runs the UNet on each reference's latent at this sigma, one row a picture; keeps what controllers want."""
-        sigma = float(timestep[0])
-        self.fresh = sigma != self.sigma
-        if not self.fresh and self.features:
+        if self.features:
             return  # a second pass at one step, such as perturbed attention's, reads the same
-        self.features.clear()
         # Caching packs skip passes from these two wrappers; a reference must never be skipped.
         skipping = (WrappersMP.CALC_COND_BATCH, WrappersMP.DIFFUSION_MODEL)
         options = dict(model_options["transformer_options"])
@@ -347,12 +343,11 @@ class _Run:
         model_options = {**model_options, "transformer_options": options}
         for reference in self.spec.references:
             store = self.features.setdefault(reference.name, {})
-            latent = reference.latent(sigma).to(x)
+            latent = reference.latent(self.sigma).to(x)
             patched = _patched(self.layers, model_options, _CapturePatch(self, store))
             conds = [self.conds[reference.name]]
             with contextlib.suppress(_ReadAll):
                 comfy.samplers.calc_cond_batch(model, conds, latent, timestep[: len(latent)], patched)
-        self.sigma = sigma
 
     def watching(self, place, prompt=None):
         """The numbers of the blends that look at this place, of all or of one prompt."""

@@ -38,6 +38,15 @@ class Tokens:
         Spaces do not matter, since a tokenizer also cuts at hyphens and apostrophes. Raises ValueError when the prompt
         does not hold it.
         """
+        found = self._occurrences(word)
+        if not found:
+            raise ValueError(
+                f'The word "{word}" is not in the prompt "{self.prompt}", whose words are: '
+                f"{', '.join(w.text for w in self.words)}. Change the word or the prompt on the Attune node."
+            )
+        return found
+
+    def _occurrences(self, word):
         wanted = "".join(word.lower().split())
         texts = [w.text.lower() for w in self.words]
         found = []
@@ -48,11 +57,6 @@ class Tokens:
                     found.append(tuple(p for w in self.words[i:j] for p in w.positions))
                 if len(run) >= len(wanted):
                     break
-        if not found:
-            raise ValueError(
-                f'The word "{word}" is not in the prompt "{self.prompt}", whose words are: '
-                f"{', '.join(w.text for w in self.words)}. Change the word or the prompt on the Attune node."
-            )
         return found
 
     def positions(self, words):
@@ -61,10 +65,7 @@ class Tokens:
 
     def holds(self, word):
         """Whether the prompt holds a word."""
-        try:
-            return bool(self.find(word))
-        except ValueError:
-            return False
+        return bool(self._occurrences(word))
 
 
 def group_words(prompt, chunks):

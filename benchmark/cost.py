@@ -179,7 +179,7 @@ def times(it, repeats):
         log.info("turn %d of %d", turn + 1, repeats)
     steps = it.trajectory.steps
     seen = {name: measured[1:] for name, measured in seen.items()}
-    # An edit's three rows come as one and two. This is what they take where nothing is edited.
+    # Beside other packs an edit's three rows come as one and two; this is what that takes where nothing is edited.
     alone = seen.pop("guidance 1")
     seen[APART] = [tuple(a + b for a, b in zip(*pair, strict=True)) for pair in zip(alone, seen[STOCK], strict=True)]
     out = {}

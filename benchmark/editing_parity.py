@@ -11,10 +11,8 @@ kept in benchmark/editing.json.
 
 import argparse
 import functools
-import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import comfy.utils
 import comfy_extras.nodes_custom_sampler as custom
@@ -26,11 +24,10 @@ from ..demo.measure import Bench, call
 from ..inversion import host
 from ..inversion.report import decibels, psnr
 from ..nodes import edit, invert
+from . import cost, to_diffusers
 from . import reference_p2p as paper
-from . import to_diffusers
 from .inversion import GRIDS, relative
 
-RESULTS = Path(__file__).parent / "editing.json"
 SWAP, REFINE, NONE = "swap", "refine", "none"
 BLEND = 0.3, 0.2, 256  # threshold, start, tokens
 PIECES = "squirrelfish"  # one word, several tokens
@@ -293,9 +290,7 @@ def main():
         with torch.inference_mode():
             found = measure(Sides(Bench(times * args.count, args.seed, args.steps, args.guidance)))
         log.info("\n%s\n", table(found, name))
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        known["parity"] = known.get("parity", {}) | {name: settings | {"scenes": times * args.count} | rounded(found)}
-        RESULTS.write_text(json.dumps(known, indent=2) + "\n")
+        cost.keep("parity", name, settings | {"scenes": times * args.count} | rounded(found))
 
 
 def rounded(value):

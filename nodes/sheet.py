@@ -1,6 +1,7 @@
 """Labelled pictures, drawn with Pillow."""
 
 import colorsys
+import functools
 import math
 
 import numpy as np
@@ -117,11 +118,16 @@ def contact_sheet(pictures, labels, height, wide=None):
     return from_pil(out)
 
 
-def _heat(heat, side):
-    """A map (h, w) in 0..1 as a picture whose longer side is ``side`` pixels."""
-    share = side / max(heat.shape)
-    size = (max(1, round(heat.shape[1] * share)), max(1, round(heat.shape[0] * share)))
-    return to_pil(heat).resize(size, Image.Resampling.BICUBIC)
+def _enlarged(picture, side, kind):
+    """A small picture (h, w) or (h, w, 3) in 0..1 as one whose longer side is ``side`` pixels."""
+    share = side / max(picture.shape[:2])
+    size = (max(1, round(picture.shape[1] * share)), max(1, round(picture.shape[0] * share)))
+    return to_pil(picture).resize(size, kind)
+
+
+def _tokens(picture, side):
+    """A picture of tokens, each of them a square, as the papers show them."""
+    return _enlarged(picture, side, Image.Resampling.NEAREST)
 
 
 def _step_name(steps, total):
@@ -141,6 +147,7 @@ def map_sheet(found, stretch):
             "every, or average layers or steps in Attune Attention Maps."
         )
     side = 128 if count <= 96 else 96
+    smooth = functools.partial(_enlarged, side=side, kind=Image.Resampling.BICUBIC)
     layers = [name if len(found.layers) > 1 else None for name in found.layers]
     steps = [_step_name(s, found.total) if len(found.steps) > 1 else None for s in found.steps]
     heading = [found.layers[0]] * (len(found.layers) == 1)
@@ -150,7 +157,7 @@ def map_sheet(found, stretch):
     sheets = []
     for picture in range(found.maps[0].shape[2]):
         tiles = [
-            _labelled(_heat(shown[n * len(found.words) + w][i][picture], side), label, side // 8, 96)
+            _labelled(smooth(shown[n * len(found.words) + w][i][picture]), label, side // 8, 96)
             for w, word in enumerate(found.words)
             for n, layer in enumerate(layers)
             for i, step in enumerate(steps)
@@ -167,11 +174,11 @@ def component_sheet(components, shares, grid, side=192):
     low, high = pictures.amin((1, 2), keepdim=True), pictures.amax((1, 2), keepdim=True)
     pictures = (pictures - low) / (high - low).clamp(min=1e-8)
     tiles = [
-        _labelled(_grown(p, side), f"component {i}\n{_percent(share)} of the differences", 16, 96)
+        _labelled(_tokens(p, side), f"component {i}\n{_percent(share)} of the differences", 16, 96)
         for i, (p, share) in enumerate(zip(pictures, shares.tolist(), strict=True), 1)
     ]
     if len(pictures) >= 3:
-        tiles.insert(0, _labelled(_grown(pictures[:3].permute(1, 2, 0), side), "1 to 3\nas red, green, blue", 16, 96))
+        tiles.insert(0, _labelled(_tokens(pictures[:3].permute(1, 2, 0), side), "1 to 3\nas red, green, blue", 16, 96))
     return from_pil(rows_of(tiles, _even(len(tiles), max(1, WIDTH // (side + GAP)))))
 
 
@@ -179,19 +186,12 @@ def cluster_sheet(labels, count, grid, side=192):
     """IMAGE (1, H, W, 3): clusters (h * w) as colours, and each one by itself with its share of the picture."""
     labels = labels.unflatten(0, grid)
     colors = torch.tensor([_color(i, count) for i in range(count)])
-    tiles = [_labelled(_grown(colors[labels], side), "all clusters", 16, 96)]
+    tiles = [_labelled(_tokens(colors[labels], side), "all clusters", 16, 96)]
     for i, color in enumerate(colors):
         mine = (labels == i).float()
         text = f"cluster {i + 1}\n{_percent(float(mine.mean()))} of the picture"
-        tiles.append(_labelled(_grown(mine[..., None] * color, side), text, 16, 96))
+        tiles.append(_labelled(_tokens(mine[..., None] * color, side), text, 16, 96))
     return from_pil(rows_of(tiles, _even(len(tiles), max(1, WIDTH // (side + GAP)))))
-
-
-def _grown(picture, side):
-    """A small picture with its pixels as squares, as the papers show them."""
-    share = side / max(picture.shape[:2])
-    size = (max(1, round(picture.shape[1] * share)), max(1, round(picture.shape[0] * share)))
-    return to_pil(picture).resize(size, Image.Resampling.NEAREST)
 
 
 def _percent(share):
