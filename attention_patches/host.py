@@ -32,10 +32,13 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from comfy.patcher_extension import WrappersMP
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from .controller import Controller
 from .local_blend import blend
 from .maps import nearest
 from .reference import Spec
+from .refinement import Found
 from .values import QKV, Place, apply_map, attention_map
+from .watch import Lookout
 from .words import group_words
 
 KEY = "attune"  # of the spec in transformer_options and of our wrappers
@@ -43,7 +46,8 @@ RUN = "attune_run"  # in transformer_options while sampling: what this run has g
 PROMPT = "attune_prompt"  # in a conditioning's dictionary: the prompt it was encoded from
 END = 49407  # CLIP's end token, which also pads
 RIDERS = "attune_riders"  # in transformer_options: references that are to be rows of the target's call
-ROLE = "attune_role"  # among a conditioning's model_conds: which edit its rows belong to, 0 for none
+ROLE = "attune_role"  # among a conditioning's model_conds: which edit its rows belong to, or one of these two
+NONE, NEGATIVE = 0, -1
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------
@@ -95,6 +99,19 @@ def check_unet(model):
         raise ValueError(
             f"The MODEL is a {type(unet).__name__}, but Attune steers the attention of Stable Diffusion UNets "
             "(SD 1.x, SD 2.x, SDXL); load such a checkpoint in the loader that feeds this node."
+        )
+
+
+def check_layers(model, layers, name, node, first=0):
+    """Raises ValueError for numbers of attention layers, counted from 0, that the MODEL does not have.
+
+    The sentence counts them from ``first``, as the input ``name`` of ``node`` does.
+    """
+    count = len(_grids(model.model.diffusion_model, 1, 1))
+    if layers and max(layers) >= count:
+        raise ValueError(
+            f"The {name} of {node} go to {max(layers) + first}, but the MODEL has {count} layers of self-attention, "
+            f"{first} to {count - 1 + first}; change {name} there."
         )
 
 
@@ -161,7 +178,9 @@ def _outer_sample(executor, *args, **kwargs):
     options = executor.class_obj.model_options["transformer_options"]
     run = options[RUN] = _Run(options[KEY])
     try:
-        return executor(*args, **kwargs)
+        latent = executor(*args, **kwargs)
+        run.log(latent)
+        return latent
     finally:
         del options[RUN]
         run.close()
@@ -185,7 +204,13 @@ def _calc_cond_batch(executor, model, conds, x, timestep, model_options):
         run.read_references(model, x, timestep, model_options)
     patched = _patched(run.layers, model_options, _EditPatch(run, len(x)))
     patched["transformer_options"][RIDERS] = riders
-    return executor(model, conds, x, timestep, patched)
+    if riders or not run.finds_for_both_halves or len(conds) < 2:
+        return executor(model, conds, x, timestep, patched)
+    # What the positive rows show is needed in the negative ones, and the host may run either first.
+    ours = [any(_edit_of(c) for c in group or []) for group in conds]
+    halves = [[g if mine == half else None for g, mine in zip(conds, ours, strict=True)] for half in (True, False)]
+    first, second = (executor(model, half, x, timestep, patched) for half in halves)
+    return [a if mine else b for a, b, mine in zip(first, second, ours, strict=True)]
 
 
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
@@ -207,6 +232,12 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)[:count]
 
 
+def _edit_of(cond):
+    """Whether a conditioning's rows are an edit's."""
+    tag = cond["model_conds"].get(ROLE)
+    return tag is not None and int(tag.cond[0, 0]) not in (NONE, NEGATIVE)
+
+
 class _Run:
     """What one sampling gathers: the references' prepared conditionings, this step's q, k, v, the blends' maps."""
 
@@ -220,50 +251,88 @@ class _Run:
         self.features = {}  # reference name -> layer -> QKV
         self.fresh = False  # whether this pass is the first at its noise level
         self.places = {}  # layer -> its attention grid (h, w), in the order that the UNet runs them
-        self.last = None  # the last layer that anything reads in this step
-        self.grids = {}  # blend's number -> the attention grid (h, w) whose maps it reads
-        self.maps = {}  # blend's number -> (4, B, h, w)
+        self.numbers = {}  # layer -> its number among those of its kind
+        self.read = {}  # reference name -> the layers where it is read in this step, in order
+        self.lookout = Lookout()
+        self.found = {}  # controller -> step -> the mask (B, h, w) that its refinement found
 
     def close(self):
-        self.conds.clear()
-        self.features.clear()
-        self.maps.clear()
+        self.lookout = Lookout()
+        for gathered in (self.conds, self.features, self.found):
+            gathered.clear()
 
     def enter(self, sigma):
         """Sets the step; False where nothing acts or looks on in it, so that nothing is run or patched."""
-        clock = self.spec.references[0]
-        self.step, self.steps = clock.step(sigma), clock.steps
-        read = [
-            layer
-            for layer, grid in self.places.items()
-            if self.reads(Place(layer[0], layer[1:3], layer[3], grid, self.step, self.steps))
-        ]
-        self.last = read[-1] if read else None
+        self.step, self.steps = self.clock(sigma)
+        self.read, acts = {}, False
+        for layer, grid in self.places.items():
+            readers = self.readers(self.place(layer, grid))
+            acts = acts or bool(readers)
+            for name in {name for one in readers for name in one.reads}:
+                self.read.setdefault(name, []).append(layer)
         self.fresh = sigma != self.sigma
-        self.sigma = sigma if read else None
-        if self.fresh or not read:
+        self.sigma = sigma if acts else None
+        if self.fresh or not acts:
             self.features.clear()
-        return bool(read)
+        if self.fresh and acts:
+            self.lookout.next_step()
+            self.find()
+        return acts
 
-    def reads(self, place):
-        """Whether any controller or blend wants the references at this place."""
-        return bool(self.watching(place)) or any(c.edits(place) for c in self.spec.controllers)
+    def clock(self, sigma):
+        """The step at a noise level and how many there are: the references', or without any the sampler's own."""
+        for reference in self.spec.references:
+            return reference.step(sigma), reference.steps
+        return max(0, sum(level >= sigma * (1 - 1e-4) for level in self.levels[:-1]) - 1), len(self.levels) - 1
+
+    def place(self, layer, grid):
+        kind, *block, depth = layer
+        return Place(kind, tuple(block), depth, grid, self.step, self.steps, self.numbers[layer])
+
+    def readers(self, place):
+        """The controllers and blends that do something at this place."""
+        return [*(c for c in self.spec.controllers if c.edits(place)), *self.lookout.at(place)]
+
+    def reads(self, place, name):
+        """Whether anything wants this reference at this place."""
+        return any(name in one.reads for one in self.readers(place))
+
+    @property
+    def refining(self):
+        return [c for c in self.spec.controllers if getattr(c, "refinement", None) is not None]
+
+    def find(self):
+        """Notes what each refined target mask is in this step."""
+        for one in self.refining:
+            found = one.refinement.find(self.step, self.steps, self.lookout.seen(one))
+            if found is not None:
+                self.found.setdefault(one, {})[self.step] = found.cpu()
+
+    def log(self, latent):
+        """Leaves the masks that were found under the latent that the sampling ended with."""
+        for one, found in self.found.items():
+            one.refinement.log.keep(latent, Found(torch.stack([*found.values()]), tuple(found), self.steps))
+
+    @property
+    def finds_for_both_halves(self):
+        """Whether what the positive rows show is needed in the negative ones of the same step."""
+        return any(c.both_halves and c.watch is not None for c in self.spec.controllers)
 
     def prepare(self, guider, x, sample_sigmas):
         """Tags the guider's conditionings and converts the references'; raises ValueError for what does not fit."""
         for reference in self.spec.references:
             _check_fit(reference, x, float(sample_sigmas[0]))
-        for one in self.spec.blends:
-            if one.mask is not None and len(one.mask) not in (1, len(x)):
+        for name, mask in (pair for one in (*self.spec.controllers, *self.spec.blends) for pair in one.masks):
+            if len(mask) not in (1, len(x)):
                 raise ValueError(
-                    f"The mask of Attune Local Blend holds {len(one.mask)} masks, but the sampler draws {len(x)} "
-                    "pictures; connect one mask, or one for each picture."
+                    f"The {name} holds {len(mask)} masks, but the sampler draws {len(x)} pictures; connect one mask, "
+                    "or one for each picture."
                 )
-        found = set()
+        found, negative = set(), NEGATIVE if any(c.both_halves for c in self.spec.controllers) else NONE
         for name, conds in guider.conds.items():
             for cond in conds:
                 # A negative made from the edit's positive (zeroed out, say) carries its tag but is not the edit.
-                role = 0 if "negative" in name else self._role(cond)
+                role = negative if "negative" in name else self._role(cond)
                 found.add(role)
                 _refuse_area(cond)
                 tag = CONDRegular(torch.tensor([[role]], device=x.device))
@@ -284,14 +353,15 @@ class _Run:
         grids = _grids(unet, *x.shape[2:])
         self.layers = list(grids)
         self.places = {(kind, *block, depth): g for (block, depth), g in grids.items() for kind in ("self", "cross")}
-        self.grids = {i: nearest(grids.values(), b.level) for i, b in enumerate(self.spec.blends) if b.watches}
+        self.numbers = {layer: number // 2 for number, layer in enumerate(self.places)}
+        self.lookout = Lookout({one: nearest(grids.values(), one.watch.level) for one in self.spec.watchers})
         self.levels = [float(s) for s in sample_sigmas]
         self.ready = True
 
     def _role(self, cond):
         lengths = self.spec.lengths
         if cond.get(PROMPT) not in lengths:
-            return 0
+            return NONE
         prompt = cond[PROMPT]
         wanted = lengths[prompt]
         length = cond["model_conds"]["c_crossattn"].cond.shape[1]
@@ -306,12 +376,14 @@ class _Run:
         """The references as rows of the target's own call: name to (latent, prepared conditioning); {} where they had
         better run alone.
         """
+        if not self.read:
+            return {}
         options, sigma = model_options["transformer_options"], self.sigma
         active = [[c for c in group if _holds(c, sigma)] for group in conds if group is not None]
-        ours = [c for name in self.conds for c in self.conds[name] if _holds(c, sigma)]
+        ours = [c for name in self.read for c in self.conds[name] if _holds(c, sigma)]
         every = [c for group in active for c in group] + ours
         alone = (
-            self.last[1:3] != list(self.places)[-1][1:3]
+            any(layers[-1][1:3] != list(self.places)[-1][1:3] for layers in self.read.values())
             or "model_function_wrapper" in model_options
             or any(options.get("patches", {}).values())
             or any(options.get("patches_replace", {}).values())
@@ -319,11 +391,11 @@ class _Run:
             or any(set(c) & NOT_IN_ROWS for c in every)
             or any(set(c["model_conds"]) - {ROLE} != set(ours[0]["model_conds"]) for c in every)
             or any(type(kind) not in IN_ROWS for c in every for kind in c["model_conds"].values())
-            or len(ours) != len(self.spec.references)
+            or len(ours) != len(self.read)
         )
         if alone:
             return {}
-        latents = {r.name: r.latent(sigma).to(x) for r in self.spec.references}
+        latents = {r.name: r.latent(sigma).to(x) for r in self.spec.references if r.name in self.read}
         rows = len(x) * (len(every) - len(ours)) + sum(map(len, latents.values()))
         # The host's own measure of what it may run at once.
         if model.memory_required([rows, *x.shape[1:]]) * 1.5 > comfy.model_management.get_free_memory(x.device):
@@ -341,44 +413,28 @@ class _Run:
         options = dict(model_options["transformer_options"])
         options["wrappers"] = {k: v for k, v in options["wrappers"].items() if k not in skipping}
         model_options = {**model_options, "transformer_options": options}
-        for reference in self.spec.references:
+        for reference in (r for r in self.spec.references if r.name in self.read):
             store = self.features.setdefault(reference.name, {})
             latent = reference.latent(self.sigma).to(x)
-            patched = _patched(self.layers, model_options, _CapturePatch(self, store))
+            patched = _patched(self.layers, model_options, _CapturePatch(self, reference.name, store))
             conds = [self.conds[reference.name]]
             with contextlib.suppress(_ReadAll):
                 comfy.samplers.calc_cond_batch(model, conds, latent, timestep[: len(latent)], patched)
 
-    def watching(self, place, prompt=None):
-        """The numbers of the blends that look at this place, of all or of one prompt."""
-        if place.kind != "cross":
-            return []
-        return [i for i, g in self.grids.items() if g == place.grid and prompt in (None, self.spec.blends[i].prompt)]
-
-    def look(self, number, source, target, rows, batch):
-        """Adds a layer's maps (R, H, N, T) of the source and the edited target to what a blend has seen.
-
-        ``rows`` are the target's numbers among those of a call, ``batch`` pictures each.
-        """
-        seen = self.spec.blends[number].words.read(source.mean(1), target.mean(1)).unflatten(2, self.grids[number])
-        total = self.maps.setdefault(number, seen.new_zeros(4, batch, *seen.shape[2:]))
-        for i, row in enumerate(rows):
-            total[:, row % batch] += seen[:, i]
-
     def blend(self, x, clean, sigma):
         """The clean prediction with the source in it wherever a blend keeps the edit out."""
-        clock = self.spec.references[0]
         below = [level for level in self.levels if level < sigma * (1 - 1e-4)]
-        for number, one in enumerate(self.spec.blends):
-            if not below or not one.acts(clock.step(sigma), clock.steps):
+        for one in self.spec.blends:
+            if not below or not one.acts(*self.clock(sigma)):
                 continue
-            if one.watches and number not in self.maps:
+            maps = self.lookout.seen(one).all
+            if one.watch is not None and maps is None:
                 raise ValueError(
                     "Attune Local Blend found no attention map of its words, since another pack changes the picture's "
                     "tokens in that layer; choose another number of tokens there, or connect a mask in place of the "
                     "words."
                 )
-            weight = one.weight(self.maps.get(number), x.shape[2:])
+            weight = one.weight(maps, x.shape[2:])
             (reference,) = (r for r in self.spec.references if r.name == one.reference)
             clean = blend(x, clean, reference.latent(max(below)).to(x), weight.to(x), sigma, max(below))
         return clean
@@ -438,9 +494,10 @@ def recording(model, receive):
     layers = list(_grids(model.model.diffusion_model, 1, 1))
 
     def patch(kind, own, options, attend, inner):
-        place = _place(kind, own, options, 0, 1)
-        if place is not None:
-            receive(place, own, options["n_heads"])
+        if grid := _lines_up(own, options):
+            block, depth = options["block"], options["block_index"]
+            number = layers.index((tuple(block), depth))
+            receive(Place(kind, tuple(block), depth, grid, 0, 1, number), own, options["n_heads"])
         return attend(*own, options)
 
     def calc_cond_batch(executor, base, conds, x, timestep, model_options):
@@ -510,12 +567,14 @@ def _takes_options(kernel):
     return any(p.kind is p.VAR_KEYWORD or p.name == "transformer_options" for p in known)
 
 
-def _place(kind, own, options, step, steps):
-    """The :class:`Place` of a call, or None when another pack changed the tokens and nothing lines up any more."""
+def _lines_up(own, options):
+    """The grid (h, w) of a call's picture tokens, or None when another pack changed them and nothing lines up."""
     grid = tuple(options["activations_shape"][2:4])
-    if own.q.shape[1] != grid[0] * grid[1]:
-        return None
-    return Place(kind, tuple(options["block"]), options["block_index"], grid, step, steps)
+    return grid if own.q.shape[1] == grid[0] * grid[1] else None
+
+
+def _layer(kind, options):
+    return kind, *options["block"], options["block_index"]
 
 
 class _ReadAll(Exception):
@@ -525,16 +584,26 @@ class _ReadAll(Exception):
 @dataclass(frozen=True)
 class _CapturePatch:
     run: _Run
+    name: str
     store: dict
 
     def __call__(self, kind, own, options, attend, inner):
-        place = _place(kind, own, options, self.run.step, self.run.steps)
-        if place is not None and self.run.reads(place):
-            self.store[place.layer] = own
+        grid, layer, run = _lines_up(own, options), _layer(kind, options), self.run
+        if grid is not None and run.reads(run.place(layer, grid), self.name):
+            self.store[layer] = own
             # Where another pack shrinks the picture inside the UNet, a later layer may be wanted after all.
-            if place.layer == self.run.last and place.grid == self.run.places[place.layer]:
+            if layer == run.read[self.name][-1] and grid == run.places[layer]:
                 raise _ReadAll
         return attend(*own, options)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A controller at a place, and the rows of a call that it edits there."""
+
+    controller: Controller
+    place: Place
+    rows: list
 
 
 @dataclass(frozen=True)
@@ -543,51 +612,84 @@ class _EditPatch:
     batch: int
 
     def __call__(self, kind, own, options, attend, inner):
-        place = _place(kind, own, options, self.run.step, self.run.steps)
-        rows = options.get(ROLE)
+        grid, rows = _lines_up(own, options), options.get(ROLE)
         # Where nothing lines up, or a pack's tiling kept a reference from being read, attention stays as it is.
-        if place is None or rows is None or sum(map(len, rows.values())) != len(own.q):
+        if grid is None or rows is None or sum(map(len, rows.values())) != len(own.q):
             return attend(*own, options)
-        if not options[RIDERS] and not all(place.layer in store for store in self.run.features.values()):
-            return attend(*own, options)
+        place = self.run.place(_layer(kind, options), grid)
+        held = {name: read for name, read in self._held(place, own, options) if read is not None}
         roles = {prompt: rows[role] for role, prompt in enumerate(self.run.spec.lengths, 1) if role in rows}
-        acting = [c for c in self.run.spec.controllers if c.prompt in roles and c.edits(place)]
+        tasks = []
+        for controller in self.run.spec.controllers:
+            if not controller.edits(place) or not set(controller.reads) <= held.keys():
+                continue
+            if controller.prompt in roles:
+                tasks.append(self._task(controller, place, roles[controller.prompt], negative=False))
+            if controller.both_halves and NEGATIVE in rows:
+                tasks.append(self._task(controller, place, rows[NEGATIVE], negative=True))
         if kind == "self":
-            return self._self_attention(place, own, options, attend, [(c, roles[c.prompt]) for c in acting])
-        return self._cross_attention(place, own, options, attend, inner, acting, roles)
+            return self._self_attention(own, options, attend, inner, tasks, held)
+        return self._cross_attention(place, own, options, attend, inner, tasks, roles, held)
 
-    def _references(self, place, own, options, rows):
-        """What each reference holds at this place, for these rows; a chunk's rows follow the pictures of the batch."""
-        pictures = [row % self.batch for row in rows]
-        for name, kept in self._kept(place, own, options):
-            if len(kept.q) == 1:
-                yield name, QKV(*(t.expand(len(rows), -1, -1) for t in kept))
-            else:
-                yield name, QKV(*(t[_span(pictures)] for t in kept))
+    def _task(self, controller, place, rows, negative):
+        # A chunk's rows follow the pictures of the batch.
+        pictures = tuple(row % self.batch for row in rows)
+        return _Task(controller, replace(place, pictures=pictures, negative=negative), rows)
 
-    def _kept(self, place, own, options):
+    def _held(self, place, own, options):
+        """What each reference that is read in this step holds at this place, None where it was not read here."""
         for name, (_, texts) in options[RIDERS].items():
             at = _span(options[ROLE][name])
             length = own.k.shape[1] if place.kind == "self" else texts["c_crossattn"].cond.shape[1]
             yield name, QKV(own.q[at], own.k[at, :length], own.v[at, :length])
         for name, store in self.run.features.items():
-            yield name, store[place.layer]
+            yield name, store.get(place.layer)
 
-    def _self_attention(self, place, own, options, attend, acting):
-        for controller, rows in acting:
-            at = _span(rows)
+    def _for_rows(self, held, names, rows):
+        """The references of these names, a row for each of the target's rows."""
+        pictures = _span([row % self.batch for row in rows])
+        return {
+            name: QKV(*(t.expand(len(rows), -1, -1) if len(t) == 1 else t[pictures] for t in held[name]))
+            for name in names
+            if name in held
+        }
+
+    def _self_attention(self, own, options, attend, inner, tasks, held):
+        for task in tasks:
+            at, references = _span(task.rows), self._for_rows(held, task.controller.reads, task.rows)
             mine = QKV(*(t[at] for t in own))
-            edited = controller.self_attention(place, mine, dict(self._references(place, own, options, rows)))
+            edited = task.controller.self_attention(task.place, mine, references)
             own = QKV(*(t if e is m else _with_rows(t, at, e) for t, m, e in zip(own, mine, edited, strict=True)))
-        return attend(*own, options)
 
-    def _cross_attention(self, place, own, options, attend, inner, acting, roles):
+        def plain(*qkv):
+            return _kernel(*qkv, options)
+
+        out, done = None, []
+        for task in tasks:
+            at, references = _span(task.rows), self._for_rows(held, task.controller.reads, task.rows)
+            mine, seen = QKV(*(t[at] for t in own)), self.run.lookout.seen(task.controller, task.place)
+            edited = task.controller.self_output(task.place, mine, references, plain, seen)
+            if edited is None:
+                continue
+            if inner is not None:  # another pack changes this attention: keep what it did
+                out = attend(*own, options).clone() if out is None else out
+                edited = edited + out[at] - plain(*mine)
+            out = torch.empty_like(own.q) if out is None else out
+            out[at] = edited
+            done += task.rows
+        if out is None:
+            return attend(*own, options)
+        self._fill(out, own, options, attend, done if inner is None else range(len(own.q)))
+        return out
+
+    def _cross_attention(self, place, own, options, attend, inner, tasks, roles, held):
         out, heads, done = None, options["n_heads"], []
-        if inner is not None or not acting:
+        mapping = {t.controller: t for t in tasks if t.controller.changes_maps and not t.place.negative}
+        if inner is not None or not mapping:
             out = attend(*own, options)
         for prompt, rows in roles.items():
-            mine = [c for c in acting if c.prompt == prompt]
-            watching = self.run.watching(place, prompt) if self.run.fresh else []
+            mine = [c for c in mapping if c.prompt == prompt]
+            watching = self.run.lookout.at(place, prompt) if self.run.fresh else []
             if not mine and not watching:
                 continue
             at, tokens = _span(rows), self.run.spec.lengths[prompt]
@@ -595,11 +697,16 @@ class _EditPatch:
             q, k, v = own.q[at], own.k[at, :tokens], own.v[at, :tokens]
             unread = inner is None and mine and not mine[0].reads_own_map(place)
             p = plain = None if unread else attention_map(q, k, heads)
-            references = {n: attention_map(r.q, r.k, heads) for n, r in self._references(place, own, options, rows)}
+            names = {name for c in mine for name in c.reads} | {w.watch.reference for w in watching}
+            references = self._for_rows(held, names, rows)
+            references = {name: attention_map(read.q, read.k, heads) for name, read in references.items()}
             for controller in mine:
-                p = controller.cross_map(place, p, references)
-            for number in watching:
-                self.run.look(number, references[self.run.spec.blends[number].reference], p, rows, self.batch)
+                p = controller.cross_map(mapping[controller].place, p, references)
+            for watcher in watching:
+                if watcher.watch.reference in (None, *references):
+                    pictures = [row % self.batch for row in rows]
+                    source = references.get(watcher.watch.reference)
+                    self.run.lookout.add(watcher, place, source, p, pictures, self.batch)
             if not mine:
                 continue
             edited = apply_map(p, v, heads)
@@ -608,10 +715,24 @@ class _EditPatch:
             out = torch.empty_like(own.q) if out is None else out
             out[at] = edited
             done += rows
-        if inner is None and done and len(done) < len(own.q):
-            rest = _span([row for row in range(len(own.q)) if row not in done])
-            out[rest] = attend(*(t[rest] for t in own), options)
+        if mapping:
+            self._fill(out, own, options, attend, done if inner is None else range(len(own.q)))
+        for task in tasks:
+            at, references = _span(task.rows), self._for_rows(held, task.controller.reads, task.rows)
+            mine, seen = QKV(*(t[at] for t in own)), self.run.lookout.seen(task.controller, task.place)
+            before = out[at]
+            edited = task.controller.cross_output(
+                task.place, before, mine, references, lambda *qkv: _kernel(*qkv, options), seen
+            )
+            out = out if edited is before else _with_rows(out, at, edited)
         return out
+
+    def _fill(self, out, own, options, attend, done):
+        """Puts what the attention gives into the rows that are not ``done``."""
+        done = set(done)
+        if rest := [row for row in range(len(own.q)) if row not in done]:
+            at = _span(rest)
+            out[at] = attend(*(t[at] for t in own), options)
 
 
 def _span(rows):

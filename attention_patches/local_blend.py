@@ -15,23 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class BlendWords:
-    """Token positions of the words that a blend's mask is made from, in the source and in the target prompt."""
-
-    source_inside: tuple = ()
-    target_inside: tuple = ()
-    source_outside: tuple = ()
-    target_outside: tuple = ()
-
-    def read(self, source, target):
-        """Their maps, (4, R, N) in the order of the fields, from probabilities ``source`` and ``target`` (R, N, T)."""
-        pairs = (
-            (source, self.source_inside), (target, self.target_inside),
-            (source, self.source_outside), (target, self.target_outside),
-        )  # fmt: skip
-        return torch.stack([p[..., list(at)].sum(-1) if at else torch.zeros_like(p[..., 0]) for p, at in pairs])
+from .watch import Watch, WatchedWords
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +29,7 @@ class LocalBlend:
 
     prompt: str
     tokens: int
-    words: BlendWords | None
+    words: WatchedWords | None
     mask: Tensor | None = None
     threshold: float = 0.3
     start: float = 0.2
@@ -57,13 +41,22 @@ class LocalBlend:
         return step >= math.floor(self.start * steps + 1e-6) and self.start < 1
 
     @property
-    def watches(self):
-        """Whether it has to see the words' maps, from the first step on."""
-        return self.words is not None and self.start < 1
+    def watch(self):
+        """What it has to see of the words' maps, from the first step on; None for a blend by a mask."""
+        return Watch(self.words, self.level, self.reference) if self.words is not None and self.start < 1 else None
+
+    @property
+    def reads(self):
+        """The names of the references whose attention it looks at."""
+        return () if self.watch is None else (self.reference,)
+
+    @property
+    def masks(self):
+        return () if self.mask is None else (("mask of Attune Local Blend", self.mask),)
 
     def weight(self, maps, size):
         """How much of the edit stays, (B or 1, 1, H, W) in 0..1 at ``size`` (H, W); ``maps`` (4, B, h, w) as
-        :meth:`BlendWords.read` stacks them, summed over layers and steps, or None without words.
+        :meth:`WatchedWords.read` stacks them, summed over layers and steps, or None without words.
         """
         parts = []
         if self.mask is not None:

@@ -38,6 +38,10 @@ class PromptToPrompt(Controller):
     token_limit: int = 1024
     reference: str = "source"
 
+    @property
+    def reads(self):
+        return (self.reference,)
+
     def edits(self, place):
         if place.kind == "cross":
             return self._carries(place.step, place.steps)

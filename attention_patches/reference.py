@@ -48,5 +48,9 @@ class Spec:
     @property
     def lengths(self):
         """The prompts whose rows are edited or looked at, and the length of their conditionings."""
-        readers = (*self.controllers, *(b for b in self.blends if b.watches))
-        return {r.prompt: r.tokens for r in readers}
+        return {r.prompt: r.tokens for r in (*self.controllers, *self.watchers)}
+
+    @property
+    def watchers(self):
+        """The controllers and blends that have to see where words look."""
+        return tuple(one for one in (*self.controllers, *self.blends) if one.watch is not None)

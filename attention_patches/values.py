@@ -47,7 +47,9 @@ class Place:
     """Where and when an attention layer is asked.
 
     ``kind`` is "self" or "cross"; ``block`` the host's name of the block, such as ("input", 4); ``depth`` the
-    layer's number inside it; ``grid`` the picture's tokens (h, w); ``step`` the current one of ``steps``.
+    layer's number inside it; ``grid`` the picture's tokens (h, w); ``step`` the current one of ``steps``; ``number``
+    counts the layers of this kind from 0 in the order that the UNet runs them. Of the rows that are asked about,
+    ``pictures`` says which picture of the batch each draws, and ``negative`` whether they are guidance's other half.
     """
 
     kind: str
@@ -56,6 +58,9 @@ class Place:
     grid: tuple
     step: int
     steps: int
+    number: int = 0
+    pictures: tuple = (0,)
+    negative: bool = False
 
     @property
     def tokens(self):

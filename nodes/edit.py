@@ -9,11 +9,12 @@ from comfy_api.latest import io, ui
 from ..attention_patches import host
 from ..attention_patches.alignment import align, refine_map, swap_map
 from ..attention_patches.embedding_control import control
-from ..attention_patches.local_blend import BlendWords, LocalBlend, changed
+from ..attention_patches.local_blend import LocalBlend, changed
 from ..attention_patches.prompt_to_prompt import PromptToPrompt
 from ..attention_patches.reference import Reference
 from ..attention_patches.reweight import Reweight
 from ..attention_patches.values import Window
+from ..attention_patches.watch import WatchedWords
 from ..attention_patches.words import read_factors, read_list, read_stretches
 from ..inversion import host as runs
 from ..inversion.trajectory import check_same_model, negative_of, one_text
@@ -413,7 +414,7 @@ class AttuneLocalBlend(io.ComfyNode):
         one = LocalBlend(
             prompt=target_prompt,
             tokens=target.length,
-            words=BlendWords(*words[0], *words[1]) if named else None,
+            words=WatchedWords(*words[0], *words[1]) if named else None,
             mask=mask,
             threshold=threshold,
             start=start,

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 Trajectory = io.Custom("ATTUNE_TRAJECTORY")
 Maps = io.Custom("ATTUNE_MAPS")  # maps.WordMaps
+Refinement = io.Custom("ATTUNE_REFINEMENT")  # refinement.Refinement
 
 
 def searchable(schema, *names):

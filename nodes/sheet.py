@@ -130,6 +130,17 @@ def _tokens(picture, side):
     return _enlarged(picture, side, Image.Resampling.NEAREST)
 
 
+def mask_strip(masks, steps, total, height):
+    """IMAGE (1, H, W, 3) of masks (S, B, h, w), ``height`` pixels tall, at the 0-based ``steps`` of ``total``."""
+    side = round(height * max(1, masks.shape[3] / masks.shape[2]))
+    tiles = [
+        _labelled(_tokens(mask, side), _step_name((step,), total), SMALL, 64)
+        for picture in range(masks.shape[1])
+        for step, mask in zip(steps, masks[:, picture], strict=True)
+    ]
+    return from_pil(_in_runs(tiles, len(steps), max(1, WIDTH // (tiles[0].width + GAP))))
+
+
 def _step_name(steps, total):
     return f"step {steps[0] + 1} of {total}" if len(steps) == 1 else f"mean of {len(steps)} steps"
 

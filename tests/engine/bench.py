@@ -10,6 +10,12 @@ from attune.inversion import host as runs
 from attune.inversion.trajectory import Trajectory
 from attune.nodes.demo import AttuneDemoCheckpoint
 from attune.nodes.edit import AttuneLocalBlend, AttunePromptRefine, AttunePromptReweight, AttunePromptSwap
+from attune.nodes.self_attention import (
+    AttuneContextPreserving,
+    AttuneFreePromptEditing,
+    AttuneMutualSelfAttention,
+    AttuneRegionPrompts,
+)
 
 SOURCE = "a red circle and a blue square on a gray background"
 TARGET = "a yellow circle and a blue square on a gray background"
@@ -112,12 +118,74 @@ def everything(bench, strength, model=None):
     return local_blend(bench, strength, edited, inside="circle", outside="square", target=REFINED, start=0.4)
 
 
+def half(side=64):
+    """A mask whose right two thirds are white."""
+    mask = torch.zeros(1, side, side)
+    mask[:, :, side // 3 :] = 1
+    return mask
+
+
+def free_prompt_editing(bench, strength, model=None, source=SOURCE, target=TARGET, layers=""):
+    return outputs(
+        AttuneFreePromptEditing, model or bench.model, bench.clip, bench.trajectory, source, target,
+        0.0, 0.8 * strength, 1024, layers,
+    )  # fmt: skip
+
+
+def mutual(bench, strength, model=None, source="", target=TARGET, start=0.2, layer=8, words=("", ""), **masks):
+    return outputs(
+        AttuneMutualSelfAttention, model or bench.model, bench.clip, bench.trajectory, source, target,
+        start * strength, 1.0 * strength, layer, *words, 0.1, **masks,
+    )  # fmt: skip
+
+
+def mutual_masked(bench, strength, model=None):
+    return mutual(bench, strength, model, source_mask=half())
+
+
+def mutual_found(bench, strength, model=None):
+    """With masks from words, which have to be known in the negative rows too."""
+    return mutual(bench, strength, model, SOURCE, words=("circle, square", "circle, square"))
+
+
+def context_preserving(bench, strength, model=None, source_mask=None, target_mask=None, target=TARGET, **settings):
+    """At strength 0 the mask is full and nothing is kept: plain sampling."""
+    settings = {
+        "keep_object": False, "plain_share": 0.1, "seed": 0, "plain_draw": "every step and layer",
+        "object_start": 0.08, "object_layer": 9, "source_keys": "source mask",
+    } | settings  # fmt: skip
+    mask = (half() if source_mask is None else source_mask) if strength else torch.ones(1, 8, 8)
+    target_mask = target_mask if strength else None
+    return outputs(
+        AttuneContextPreserving, model or bench.model, bench.clip, bench.trajectory, target, mask,
+        target_mask=target_mask, **settings,
+    )  # fmt: skip
+
+
+def object_kept(bench, strength, model=None):
+    return context_preserving(bench, strength, model, keep_object=bool(strength))
+
+
+def region_prompts(bench, strength, model=None):
+    return outputs(
+        AttuneRegionPrompts, model or bench.model, bench.clip, TARGET, "a green star", "a white ring",
+        mask_1=half() * strength, mask_2=half().flip(-1) * strength,
+    )  # fmt: skip
+
+
 # Every method that edits a MODEL joins here, and with that every contract test.
 METHODS = {
     "prompt swap": prompt_swap,
     "prompt reweight": prompt_reweight,
     "swap and local blend": swap_and_blend,
     "refine, reweight and local blend": everything,
+    "free prompt editing": free_prompt_editing,
+    "mutual self-attention": mutual,
+    "mutual self-attention, masks": mutual_masked,
+    "mutual self-attention, words": mutual_found,
+    "context preserving": context_preserving,
+    "context preserving, object kept": object_kept,
+    "region prompts": region_prompts,
 }
 
 

@@ -4,10 +4,11 @@ from torch.nn import functional as F
 
 from attune.attention_patches.controller import Controller
 from attune.attention_patches.embedding_control import control
-from attune.attention_patches.local_blend import BlendWords, LocalBlend, blend, changed
+from attune.attention_patches.local_blend import LocalBlend, blend, changed
 from attune.attention_patches.prompt_to_prompt import PromptToPrompt
 from attune.attention_patches.reweight import Reweight
 from attune.attention_patches.values import QKV, Place, Window, apply_map, attention_map, split_heads
+from attune.attention_patches.watch import WatchedWords
 
 
 def place(kind, step, steps=50, grid=(16, 16)):
@@ -124,17 +125,17 @@ def test_embedding_control_by_hand():
 
 
 def blending(**settings):
-    return LocalBlend(**{"prompt": "x", "tokens": 77, "words": BlendWords((1,), (1,), (2,), (2,))} | settings)
+    return LocalBlend(**{"prompt": "x", "tokens": 77, "words": WatchedWords((1,), (1,), (2,), (2,))} | settings)
 
 
 def test_blend_starts_as_the_authors_code_does():
     assert [s for s in range(50) if blending().acts(s, 50)] == list(range(10, 50))
-    assert not any(blending(start=1.0).acts(s, 50) for s in range(50)) and not blending(start=1.0).watches
+    assert not any(blending(start=1.0).acts(s, 50) for s in range(50)) and not blending(start=1.0).watch
 
 
 def test_blend_words_read_their_columns():
     source, target = torch.rand(1, 6, 4), torch.rand(1, 6, 4)
-    inside, edited, kept, nothing = BlendWords((1, 2), (3,), (0,)).read(source, target)
+    inside, edited, kept, nothing = WatchedWords((1, 2), (3,), (0,)).read(source, target)
     assert torch.equal(inside, source[..., 1] + source[..., 2]) and torch.equal(edited, target[..., 3])
     assert torch.equal(kept, source[..., 0]) and not nothing.any()
 
@@ -161,7 +162,7 @@ def test_blend_of_words_that_look_nowhere_keeps_the_source():
 def test_blend_with_words_outside_alone():
     maps = torch.zeros(4, 1, 4, 4)
     maps[3, 0, 0] = 1.0
-    mask = blending(words=BlendWords((), (), (), (2,))).weight(maps, (4, 4))[0, 0]
+    mask = blending(words=WatchedWords((), (), (), (2,))).weight(maps, (4, 4))[0, 0]
     assert not mask[0].any() and mask[1:].all()
 
 
