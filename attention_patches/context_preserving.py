@@ -31,6 +31,7 @@ class ContextPreserving(Controller):
     """
 
     both_halves = True
+    mixes = True
     changes_maps = False
 
     source_mask: Mask
@@ -58,13 +59,9 @@ class ContextPreserving(Controller):
         return tuple((f"{name} of Attune Context Preserving", m.pixels) for name, m in both)
 
     def edits(self, place):
-        if self.refinement is None and not self.keep_object and self._everywhere:
+        if self.refinement is None and not self.keep_object and self.target_mask.full:
             return False
         return place.kind == "cross" or not self.is_plain(place)
-
-    @property
-    def _everywhere(self):
-        return self.target_mask.full()
 
     def is_plain(self, place):
         """Whether this self-attention layer is one of those that are left alone."""

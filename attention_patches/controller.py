@@ -15,12 +15,15 @@ class Controller:
     References are dictionaries from the reference's name ("source") to the :class:`QKV` or map that it has there.
 
     ``replaces_words`` says that ``cross_map`` discards what it is given, so that two such on one prompt cannot be;
-    ``both_halves`` that the negative rows are edited too; ``changes_maps`` that it has a ``cross_map``.
+    ``both_halves`` that the negative rows are edited too; ``changes_maps`` that it has a ``cross_map``; ``mixes`` that
+    its ``self_output`` discards what others would put out. ``refinement`` is its mask refinement, if any.
     """
 
     replaces_words: ClassVar[bool] = False
     both_halves: ClassVar[bool] = False
     changes_maps: ClassVar[bool] = True
+    mixes: ClassVar[bool] = False
+    refinement = None
 
     prompt: str
     tokens: int

@@ -155,6 +155,11 @@ def install(model, references, controllers=(), blends=()):
                 f'The MODEL already carries an edit of words to "{controller.prompt}", and a second would undo it; '
                 "make all changes of words in one Attune Prompt Swap or Refine."
             )
+    if sum(c.mixes for c in (*spec.controllers, *controllers)) > 1:
+        raise ValueError(
+            "The MODEL already carries an Attune Mutual Self-Attention or Attune Context Preserving, and a second "
+            "would undo it; keep one of them, with all of what changes in its target mask."
+        )
     if KEY not in options:
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
@@ -204,7 +209,7 @@ def _calc_cond_batch(executor, model, conds, x, timestep, model_options):
         run.read_references(model, x, timestep, model_options)
     patched = _patched(run.layers, model_options, _EditPatch(run, len(x)))
     patched["transformer_options"][RIDERS] = riders
-    if riders or not run.finds_for_both_halves or len(conds) < 2:
+    if riders or not run.finds_at_once or len(conds) < 2:
         return executor(model, conds, x, timestep, patched)
     # What the positive rows show is needed in the negative ones, and the host may run either first.
     ours = [any(_edit_of(c) for c in group or []) for group in conds]
@@ -297,13 +302,9 @@ class _Run:
         """Whether anything wants this reference at this place."""
         return any(name in one.reads for one in self.readers(place))
 
-    @property
-    def refining(self):
-        return [c for c in self.spec.controllers if getattr(c, "refinement", None) is not None]
-
     def find(self):
         """Notes what each refined target mask is in this step."""
-        for one in self.refining:
+        for one in (c for c in self.spec.controllers if c.refinement is not None):
             found = one.refinement.find(self.step, self.steps, self.lookout.seen(one))
             if found is not None:
                 self.found.setdefault(one, {})[self.step] = found.cpu()
@@ -314,9 +315,9 @@ class _Run:
             one.refinement.log.keep(latent, Found(torch.stack([*found.values()]), tuple(found), self.steps))
 
     @property
-    def finds_for_both_halves(self):
+    def finds_at_once(self):
         """Whether what the positive rows show is needed in the negative ones of the same step."""
-        return any(c.both_halves and c.watch is not None for c in self.spec.controllers)
+        return any(c.watch is not None and c.watch.at_once for c in self.spec.controllers)
 
     def prepare(self, guider, x, sample_sigmas):
         """Tags the guider's conditionings and converts the references'; raises ValueError for what does not fit."""
@@ -639,6 +640,8 @@ class _EditPatch:
     def _held(self, place, own, options):
         """What each reference that is read in this step holds at this place, None where it was not read here."""
         for name, (_, texts) in options[RIDERS].items():
+            if name not in options[ROLE]:
+                continue  # a call that took no riders along
             at = _span(options[ROLE][name])
             length = own.k.shape[1] if place.kind == "self" else texts["c_crossattn"].cond.shape[1]
             yield name, QKV(own.q[at], own.k[at, :length], own.v[at, :length])

@@ -4,6 +4,7 @@ A token takes the greatest value that the mask has anywhere in it. So a mask of 
 token, thin ones are still there at the coarsest level, and soft edges stay soft. torch only.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class Mask:
         found = self._grids[place.grid]
         return found if len(found) == 1 else found[list(place.pictures)]
 
+    @functools.cached_property
     def full(self):
         """Whether it is 1 everywhere."""
         return bool((self.pixels >= 1).all())

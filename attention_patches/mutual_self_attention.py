@@ -28,6 +28,7 @@ class MutualSelfAttention(Controller):
     """
 
     both_halves = True
+    mixes = True
 
     reference: str
     window: Window

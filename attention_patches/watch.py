@@ -31,12 +31,13 @@ class WatchedWords:
 @dataclass(frozen=True)
 class Watch:
     """What is to be seen: ``words`` in the level nearest to ``level`` picture tokens, of the target and of a
-    ``reference``, None for the target alone.
+    ``reference``, None for the target alone. ``at_once`` says that the same step needs it.
     """
 
     words: WatchedWords
     level: int = 256
     reference: str | None = None
+    at_once: bool = False
 
 
 class Seen(NamedTuple):

@@ -247,7 +247,7 @@ class AttuneMutualSelfAttention(io.ComfyNode):
             layer=layer,
             source_mask=source_mask,
             target_mask=target_mask,
-            finder=Watch(words, reference=name) if lies or goes else None,
+            finder=Watch(words, reference=name, at_once=True) if lies or goes else None,
             threshold=threshold,
         )
         host.check_layers(model, [layer], "layer", "Attune Mutual Self-Attention")

@@ -7,6 +7,11 @@ import pytest
 import torch
 
 from attune.attention_patches import host as patches
+from attune.attention_patches.context_preserving import ContextPreserving
+from attune.attention_patches.controller import NULL
+from attune.attention_patches.free_prompt_editing import FreePromptEditing
+from attune.attention_patches.masks import Mask
+from attune.attention_patches.mutual_self_attention import MutualSelfAttention
 from attune.attention_patches.prompt_to_prompt import PromptToPrompt
 from attune.attention_patches.reference import Reference
 from attune.attention_patches.values import Window
@@ -86,7 +91,33 @@ def sample(model, positive, sigmas, start, guidance, path=None):
     return end
 
 
-def test_word_swap(family):
+def edits():
+    """Name -> the controller of each method, for a prompt, and whether it is on."""
+    every, left = torch.ones(77, dtype=torch.bool), torch.zeros(1, 8, 6)
+    left[:, :, :3] = 1
+
+    def swap(on, **of):
+        window = Window(0, float(on))
+        return PromptToPrompt(mapper=torch.eye(77), injected=every, cross=window, self_=window, reference=NULL, **of)
+
+    def free(on, **of):
+        return FreePromptEditing(reference=NULL, window=Window(0, float(on)), **of)
+
+    def mutual(on, **of):
+        mask = Mask(left)
+        window = Window(0, float(on))
+        return MutualSelfAttention(reference=NULL, window=window, source_mask=mask, target_mask=mask, layer=2, **of)
+
+    def context(on, **of):
+        mask = Mask(left if on else torch.ones_like(left))
+        return ContextPreserving(source_mask=mask, target_mask=mask, object_keys=mask, **of)
+
+    return {"word swap": swap, "free prompt editing": free, "mutual": mutual, "context preserving": context}
+
+
+@pytest.mark.parametrize("method", edits().values(), ids=edits())
+def test_edits(family, method):
+    """Off, it is the plain run; on, something else; reading the very run that is drawn, that run again."""
     model, layers = family
     with torch.inference_mode():
         assert len(patches._grids(model.model.diffusion_model, 16, 12)) == layers
@@ -94,22 +125,18 @@ def test_word_swap(family):
         start = runs.to_host_scale(model, torch.randn(1, 4, 16, 12) * float(sigmas[0]))
         source, target, path = conditioning(1, "source"), conditioning(2, "target"), []
         alone = sample(model, source, sigmas, start, 1.0, path)
-        reference = Reference("source", sigmas, torch.stack(path), source, 5)
+        reference = Reference(NULL, sigmas, torch.stack(path), source, 5)
 
-        def edited(prompt, end=1.0):
-            window = Window(0, end)
-            every = torch.ones(77, dtype=torch.bool)
-            swap = PromptToPrompt(
-                prompt=prompt, tokens=77, mapper=torch.eye(77), injected=every, cross=window, self_=window
-            )
-            return patches.install(model, [reference], [swap])
+        def edited(prompt, on=True):
+            return patches.install(model, [reference], [method(on, prompt=prompt, tokens=77)])
 
         plain = sample(model, target, sigmas, start, 3.0)
-        assert torch.equal(sample(edited("target", 0.0), target, sigmas, start, 3.0), plain)
+        assert torch.equal(sample(edited("target", on=False), target, sigmas, start, 3.0), plain)
         steered = sample(edited("target"), target, sigmas, start, 3.0)
         assert steered.isfinite().all() and (steered - plain).abs().max() > 1e-3 * plain.std()
-        same = sample(edited("source"), source, sigmas, start, 1.0)
-        assert (same - alone).abs().max() < 1e-3 * alone.std()
+        if method.__name__ in ("swap", "free"):  # a mask keeps some of the keys from being read
+            same = sample(edited("source"), source, sigmas, start, 1.0)
+            assert (same - alone).abs().max() < 1e-3 * alone.std()
 
 
 def test_null_text(family):

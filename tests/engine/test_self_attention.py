@@ -320,6 +320,13 @@ def test_two_pictures_with_a_mask_each():
         assert (alone[0] - made[i]).abs().max() < 2e-3 * made.std()
 
 
+def test_a_second_of_its_kind_is_refused(picture):
+    first, _ = cpam(picture, RIGHT)
+    for again in (context_preserving, mutual):
+        with pytest.raises(ValueError, match="already carries"):
+            again(picture, 1, first)
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
 
