@@ -121,12 +121,12 @@ def test_other_samplers(method, bench, sampler):
 def test_perturbed_attention_runs_beside_it(method, bench, plain):
     """Its extra pass has one row, which is the positive one, and must be edited as that was: it is the difference of
     the two that it multiplies by its scale, so an edit missing from one of them would blow up."""
-    off, positive = method(bench, 0)
+    on, positive = method(bench, 1)
+    off, _ = method(bench, 0)
     perturbed = outputs(pag.PerturbedAttentionGuidance, bench.model, 100.0)[0]
     alone = bench.sample(perturbed, positive)
     effect = differ(alone, plain(positive))
     assert effect > 1e-3, "perturbed attention does nothing here"
-    on, _ = method(bench, 1)
     for first in (True, False):  # either order of the nodes
         model = outputs(pag.PerturbedAttentionGuidance, on, 100.0)[0] if first else method(bench, 1, model=perturbed)[0]
         both = bench.sample(model, positive)
@@ -229,7 +229,8 @@ def test_an_inpainting_mask(method, bench):
 
 def test_an_ip_adapter_before_and_after(method, bench):
     """Packs that call .add on what they find in a slot work in either order, and what they add stays."""
-    off, positive = method(bench, 0)
+    _, positive = method(bench, 1)
+    off, _ = method(bench, 0)
     alone = bench.sample(apply_ip_adapter(bench.model, 0.3), positive)
     assert torch.equal(bench.sample(apply_ip_adapter(off, 0.3), positive), alone)
     after = bench.sample(apply_ip_adapter(method(bench, 1)[0], 0.3), positive)
