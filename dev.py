@@ -7,7 +7,8 @@
     python3 dev.py setup                        make everything the other commands need
     python3 dev.py lint                         ruff
     python3 dev.py train|score ARGS             train or measure the demo model
-    python3 dev.py bench ARGS                   inversions: quality, speed, parity; edits: edits, cost, edit-parity
+    python3 dev.py bench ARGS                   inversions: quality, speed, parity; edits: edits, self-edits, cost,
+                                                edit-parity, self-parity; what attention maps know: probing
     python3 dev.py python ARGS                  the environment's Python with ComfyUI importable
 
 Set COMFYUI_PATH (and COMFYUI_PYTHON, if its Python is not found beside it) to use a ComfyUI that you have: nothing is

@@ -139,10 +139,6 @@ def mutual(bench, strength, model=None, source="", target=TARGET, start=0.2, lay
     )  # fmt: skip
 
 
-def mutual_masked(bench, strength, model=None):
-    return mutual(bench, strength, model, source_mask=half())
-
-
 def mutual_found(bench, strength, model=None):
     """With masks from words, which have to be known in the negative rows too."""
     return mutual(bench, strength, model, SOURCE, words=("circle, square", "circle, square"))
@@ -180,11 +176,8 @@ METHODS = {
     "swap and local blend": swap_and_blend,
     "refine, reweight and local blend": everything,
     "free prompt editing": free_prompt_editing,
-    "mutual self-attention": mutual,
-    "mutual self-attention, masks": mutual_masked,
-    "mutual self-attention, words": mutual_found,
-    "context preserving": context_preserving,
-    "context preserving, object kept": object_kept,
+    "mutual self-attention": mutual_found,
+    "context preserving": object_kept,
     "region prompts": region_prompts,
 }
 
