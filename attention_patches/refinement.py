@@ -34,7 +34,7 @@ class Refinement:
     words: tuple
     after: float = 0.2
     standardisation: str = SPREAD
-    threshold: float = 0.0
+    threshold: float = 1.0
     grow: int = 1
     level: int = 256
     positions: tuple = ()

@@ -96,14 +96,14 @@ class AttuneMaskRefinement(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "threshold",
-                    default=0.0,
+                    default=1.0,
                     min=-10.0,
                     max=10.0,
                     step=0.05,
                     round=0.001,
                     tooltip=(
-                        "From where on a place is the object's. Higher makes the mask smaller. 0 suits standard "
-                        "deviations; from least to greatest, try 0.1 to 0.4."
+                        "From where on a place is the object's. Higher makes the mask smaller; lower it where parts of "
+                        "the object are cut off. 1 suits standard deviations, 0.1 to 0.4 least to greatest."
                     ),
                 ),
                 io.Int.Input(

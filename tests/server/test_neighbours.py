@@ -179,3 +179,81 @@ def test_a_stock_inpainting_mask(server):
         assert abs(picture - both.picture)[left].max() <= ROUNDING
     assert apart(both.source, both.picture, right) > 10
     check_blend(both, right)
+
+
+# -- edits by self-attention and by region ----------------------------------------------------------------------------
+
+EDITS = {"AttuneFreePromptEditing", "AttuneMutualSelfAttention", "AttuneContextPreserving", "AttuneRegionPrompts"}
+
+
+def beside(server, name, titles, neighbour):
+    """Pictures (H, W, 3) of a workflow in the demo world, in which a neighbour is at every sampler; by title."""
+    prompt = workflow.cut(workflow.in_the_demo_world(workflow.load(name)), *titles)
+    for node in prompt.values():
+        if node["class_type"] in ("AttuneDDIMInversion", "KSampler"):
+            node["inputs"]["steps"] = STEPS
+
+    def add(kind, **inputs):
+        number = str(900 + len(prompt))
+        inputs = {name: list(value) if isinstance(value, tuple) else value for name, value in inputs.items()}
+        prompt[number] = {"class_type": kind, "inputs": inputs, "_meta": {"title": f"{kind} {number}"}}
+        return number, 0
+
+    samplers = [
+        node["inputs"] for node in prompt.values() if "Sampler" in node["class_type"] and "cfg" in node["inputs"]
+    ]
+    checkpoint = [workflow.find(prompt, "AttuneDemoCheckpoint"), 0]
+    (model,) = neighbour.model(add, tuple(checkpoint))
+    edits = [node["inputs"] for node in prompt.values() if node["class_type"] in EDITS]
+    for inputs in (*edits, *samplers):
+        if inputs["model"] == checkpoint:
+            inputs["model"] = list(model)
+    for inputs in samplers:
+        (steered,) = neighbour.edited(add, tuple(inputs["model"]))
+        texts = neighbour.conds(add, tuple(inputs["positive"]), tuple(inputs["negative"]))
+        inputs.update(model=list(steered), positive=list(texts[0]), negative=list(texts[1]))
+    images = workflow.saved(prompt, server.run(prompt))
+    return {title: workflow.pixels(server, images[title]).astype(float) for title in titles}
+
+
+def is_red(picture):
+    return picture[..., 0] - picture[..., 1:].max(-1) > 80
+
+
+def layout_kept(picture, source):
+    """How near the picture is to the source where the source has nothing red, in dB."""
+    return -10 * np.log10(np.square(picture - source)[away(is_red(source))].mean())
+
+
+def redness(picture, source):
+    """How much more red than blue there is where the source is red."""
+    red, _, blue = picture[is_red(source)].mean(0)
+    return red - blue
+
+
+def in_the_box(picture, _):
+    """How much more red than blue there is in the left box, where a red circle belongs."""
+    red, _, blue = picture[40:88, 16:48].mean((0, 1))
+    return red - blue
+
+
+PLAIN = "without attention control"
+BY_SELF = {  # workflow: its edit, its picture without it, the neighbour, what the edit raises, and by how much
+    "Attune - Free prompt editing": ("free prompt editing", PLAIN, "ControlNet", layout_kept, 6),
+    "Attune - Mutual self-attention": ("mutual self-attention", PLAIN, "LoRA", redness, 20),
+    "Attune - Replace an object": ("object replaced", PLAIN, "ControlNet", layout_kept, 6),
+    "Attune - Remove an object": ("object removed", PLAIN, "IP-Adapter behind", layout_kept, 6),
+    "Attune - Prompts by region": ("prompts by region", "one prompt", "LoRA", in_the_box, 100),
+}
+
+
+@pytest.mark.parametrize("name", BY_SELF)
+def test_an_edit_by_self_attention_or_region_and_a_neighbour_both_show(name, server):
+    edit, plain, which, does, least = BY_SELF[name]
+    alone, both = (beside(server, name, (edit, plain), n) for n in (Neighbour(), NEIGHBOURS[which]))
+    for pictures in (alone, both):
+        much, little = (does(pictures[title], workflow.scene()) for title in (edit, plain))
+        assert much > little + least, f"the edit does nothing: {much:.1f}, {little:.1f} without it"
+    # Without it the same pixels come out, so anything above rounding is the neighbour's.
+    assert apart(both[plain], alone[plain], EVERYWHERE) > 0.2, "the neighbour does nothing at all"
+    assert apart(both[edit], alone[edit], EVERYWHERE) > 0.2, "the neighbour does nothing under the edit"

@@ -17,7 +17,7 @@ REAL = "Attune - Word swap on a real image"
 SAVE, LOAD = "Attune - Save and reuse a trajectory", "Attune - Edit a saved trajectory"
 SHEETS = {
     "contact sheet", "attention maps", "inversion report", "maps layer by layer", "maps step by step", "self-attention",
-    "clusters", "compare",
+    "clusters", "compare", "masks step by step",
 }  # fmt: skip
 BLENDED = {"blend mask", "with local blend"}  # in a random network words look everywhere, so there the mask is white
 BACK = {"reconstruction", "pinned source"}  # should look like the source
@@ -34,6 +34,17 @@ TITLES = {
     "Attune - Re-weight a word": "a word of the caption raised, new word raised, new word lowered, contact sheet",
     "Attune - Local blend": "pinned source, word swap, with local blend, blend mask, contact sheet",
     "Attune - Preserve an object": "object preserved, every word kept, without attention control, contact sheet",
+    "Attune - Free prompt editing": "pinned source, free prompt editing, without attention control, contact sheet",
+    "Attune - Mutual self-attention": (
+        "mask of a word, mutual self-attention, with masks, without attention control, contact sheet"
+    ),
+    "Attune - Replace an object": "mask of a word, object replaced, without attention control, contact sheet",
+    "Attune - Remove an object": "mask of a word, object removed, without attention control, contact sheet",
+    "Attune - Change the background": "mask of a word, background changed, without attention control, contact sheet",
+    "Attune - Refine a mask while sampling": (
+        "mask of a word, mask refined, mask as given, masks step by step, refined mask, contact sheet"
+    ),
+    "Attune - Prompts by region": "prompts by region, one prompt, contact sheet",
     "Attune - Seeing attention": (
         "maps layer by layer, maps step by step, mask of a word, self-attention, clusters, edit inside the mask, "
         "compare"
@@ -247,7 +258,98 @@ def seen(pictures, source):
     assert psnr(pictures["edit inside the mask"][outside], source[outside]) > 30
 
 
+def sees(picture, thing):
+    return thing in {f"{found.color} {found.shape}" for found in checker.look(picture / 255)[1]}
+
+
+def prompt_edited(pictures, source):
+    """The new colour stands where the old one stood; plain sampling moves it."""
+    swapped(pictures["free prompt editing"], source)
+    circle = is_red(source)
+    good, plain = (
+        overlap(is_yellow(pictures[title]), circle) for title in ("free prompt editing", "without attention control")
+    )
+    assert good > 0.75 and plain < 0.3, f"{good:.2f}, {plain:.2f} without attention control"
+
+
+def same_thing(pictures, source):
+    """The prompt asks for a purple star: the star comes, the purple gives way to the source's red."""
+
+    def red(title):
+        red, _, blue = pictures[title][is_red(source)].mean(0)
+        return red - blue
+
+    plain, whole, masked = (red(t) for t in ("without attention control", "mutual self-attention", "with masks"))
+    assert sees(pictures["without attention control"], "purple star")
+    for title in ("mutual self-attention", "with masks"):
+        assert sees(pictures[title], "red star") and sees(pictures[title], "blue square")
+    assert masked > whole + 10 > plain + 50, f"{masked:.0f}, {whole:.0f}, {plain:.0f} without attention control"
+
+
+def replaced(pictures, source):
+    new, plain = pictures["object replaced"], pictures["without attention control"]
+    assert sees(new, "yellow star") and not is_red(new).any()
+    assert overlap(is_blue(new), is_blue(source)) > 0.9 and not is_blue(plain).any()
+    around = ~ndimage.binary_dilation(is_red(source), iterations=20)
+    good, other = (psnr(p[around], source[around]) for p in (new, plain))
+    assert good > max(24, other + 8), f"{good:.1f} dB, {other:.1f} dB without attention control"
+
+
+def removed(pictures, source):
+    """What was behind the object is there: the background, to within the autoencoder's faults and its light."""
+    circle, square = is_red(source), is_blue(source)
+    new, plain = pictures["object removed"], pictures["without attention control"]
+    around = ndimage.binary_dilation(circle, iterations=16) & ~ndimage.binary_dilation(circle, iterations=4) & ~square
+    background = np.median(source[around], 0)
+    assert abs(source[circle] - background).mean() > 50
+    assert abs(new[circle] - background).mean() < 12, "the object is still there"
+    assert overlap(is_blue(new), square) > 0.9 > overlap(is_blue(plain), square) + 0.3
+
+
+def new_background(pictures, source):
+    """The prompt names no circle, so without attention control there is none."""
+    new, plain = pictures["background changed"], pictures["without attention control"]
+    assert checker.look(new / 255)[0] == checker.look(plain / 255)[0] == "green"
+    assert overlap(is_red(new), is_red(source)) > 0.7 and not is_red(plain).any()
+
+
+def found_anew(pictures, source):
+    """The refined mask lies on the new object, and is smaller than the loose one that the edit began with."""
+    new, mask = pictures["mask refined"], pictures["refined mask"][..., 0] > 127
+    star = is_yellow(new)
+    assert sees(new, "yellow star")
+    assert mask[star].mean() > 0.9 and mask.mean() < 0.15
+    assert mask.mean() < 6 * star.mean()
+    lies, goes = (ndimage.center_of_mass(where) for where in (pictures["mask of a word"][..., 0] > 127, mask))
+    true = ndimage.center_of_mass(star)
+    assert np.hypot(*np.subtract(goes, true)) < np.hypot(*np.subtract(lies, true)) / 2, "it is where the old one was"
+    assert overlap(is_blue(new), is_blue(source)) > 0.9
+    assert abs(new - pictures["mask as given"]).mean() > 1, "the mask was found and not used"
+
+
+def by_region(pictures, _):
+    """Each thing in its box of the workflow; the plain prompt puts them elsewhere from the same seed."""
+    left, right = np.zeros((2, workflow.SIDE, workflow.SIDE), bool)
+    left[32:96, 8:56], right[32:96, 72:120] = True, True
+
+    def in_place(title):
+        picture = pictures[title]
+        red, yellow = is_red(picture), is_yellow(picture)
+        assert red.any() and yellow.any(), title
+        return left[red].mean(), right[yellow].mean()
+
+    assert min(in_place("prompts by region")) > 0.8 and max(in_place("one prompt")) < 0.2
+    assert checker.look(pictures["prompts by region"] / 255)[0] == "gray"
+
+
 SHOWN = {
+    "Attune - Free prompt editing": prompt_edited,
+    "Attune - Mutual self-attention": same_thing,
+    "Attune - Replace an object": replaced,
+    "Attune - Remove an object": removed,
+    "Attune - Change the background": new_background,
+    "Attune - Refine a mask while sampling": found_anew,
+    "Attune - Prompts by region": by_region,
     "Attune - Refine a prompt": refined,
     "Attune - Re-weight a word": reweighted,
     "Attune - Local blend": blended,

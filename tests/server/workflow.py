@@ -77,7 +77,22 @@ IN_THE_DEMO = {  # what the workflows say, and what is said in its place
     "a drawing of a girl in a pink dress on a white hill": "a red circle and a blue square on a white background",
     "a photograph of a red car in front of a house": SOURCE,
     "a photograph of a blue car in front of a house": TARGET,
+    "a drawing of a jumping girl in a pink dress on a green hill": (
+        "a purple star and a blue square on a gray background"
+    ),
+    "a drawing of a brown dog on a green hill": "a yellow star on a gray background",
+    "a drawing of a sandy beach": "a blue square on a green background",
+    "a drawing of a green hill": "a blue square on a gray background",
+    "a photograph of a wooden table": "a gray background",
+    "a photograph of a red apple": "a red circle",
+    "a photograph of a green pear": "a yellow star",
+    "a photograph of a red apple and a green pear on a wooden table": (
+        "a red circle and a yellow star on a gray background"
+    ),
     "dress": "circle",
+    "girl": "circle",
+    "jumping girl": "star",
+    "dog": "star",
     "girl, dress, hill": "circle, square, background",
     "girl, pink dress": "red circle",
     "pink: 2": "red: 2",
@@ -85,14 +100,16 @@ IN_THE_DEMO = {  # what the workflows say, and what is said in its place
     "snowy: 0": "green: 0",
     "": "",
 }
+BY_SELF_ATTENTION = {"AttuneFreePromptEditing", "AttuneMutualSelfAttention", "AttuneContextPreserving"}
 WRITTEN = {
     "value", "text", "source_prompt", "target_prompt", "prompt", "words", "mask_word", "inside", "outside", "preserve",
-    "weights", "word_windows",
+    "weights", "word_windows", "source_words", "target_words", "prompt_1", "prompt_2", "prompt_3", "prompt_4",
 }  # fmt: skip
 
 
 def in_the_demo_world(prompt: dict) -> dict:
     """The same workflow on the demo model and a picture with a known answer."""
+    edits = {node["class_type"] for node in prompt.values()}
     for node in prompt.values():
         kind, inputs = node["class_type"], node["inputs"]
         if kind == "CheckpointLoaderSimple":
@@ -103,6 +120,10 @@ def in_the_demo_world(prompt: dict) -> dict:
             inputs.update(width=SIDE, height=SIDE)
         elif kind == "AttunePromptSwap" and inputs["self_end"]:
             inputs["self_end"] = 0.8
+        elif kind == "SamplerCustom" and edits & BY_SELF_ATTENTION:
+            inputs["cfg"] = 2.0  # what suits the demo model's edits
+        elif kind == "AttuneMaskStrategy":
+            inputs["grow"] = inputs["grow"] * SIDE // 512
         elif kind == "AttuneLoadTrajectory":
             inputs["file"] = "demo " + inputs["file"]
         for name in WRITTEN & set(inputs):
