@@ -33,6 +33,7 @@ class ContextPreserving(Controller):
     both_halves = True
     mixes = True
     changes_maps = False
+    mixes_texts = True
 
     source_mask: Mask
     target_mask: Mask
@@ -83,4 +84,7 @@ class ContextPreserving(Controller):
 
     def cross_output(self, place, out, own, references, attend, seen):
         nothing, inside = references[NULL], self.target(place.step, place.steps, seen).on(place)
-        return attend_parts(attend, own, [Part(1 - inside, None, nothing)]) + inside.to(out)[..., None] * out
+        parts = [Part(1 - inside, None, nothing)]
+        if out is None:
+            return attend_parts(attend, own, [Part(inside, None, own), *parts])
+        return attend_parts(attend, own, parts) + inside.to(out)[..., None] * out

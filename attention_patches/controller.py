@@ -15,13 +15,15 @@ class Controller:
     References are dictionaries from the reference's name ("source") to the :class:`QKV` or map that it has there.
 
     ``replaces_words`` says that ``cross_map`` discards what it is given, so that two such on one prompt cannot be;
-    ``both_halves`` that the negative rows are edited too; ``changes_maps`` that it has a ``cross_map``; ``mixes`` that
-    its ``self_output`` discards what others would put out. ``refinement`` is its mask refinement, if any.
+    ``both_halves`` that the negative rows are edited too; ``changes_maps`` that it has a ``cross_map``;
+    ``mixes_texts`` that it has a ``cross_output``; ``mixes`` that it has a ``self_output``, which discards what others
+    would put out. ``refinement`` is its mask refinement, if any.
     """
 
     replaces_words: ClassVar[bool] = False
     both_halves: ClassVar[bool] = False
     changes_maps: ClassVar[bool] = True
+    mixes_texts: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     refinement = None
 
@@ -69,5 +71,7 @@ class Controller:
         return own
 
     def cross_output(self, place, out, own, references, attend, seen):
-        """What a "cross" place puts out, from what it would put out, (R, N, C) both."""
+        """What a "cross" place puts out (R, N, C), from what it would put out; ``out`` is None where that is nothing
+        but attention to ``own``.
+        """
         return out

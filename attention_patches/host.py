@@ -624,10 +624,11 @@ class _EditPatch:
         for controller in self.run.spec.controllers:
             if not controller.edits(place) or not set(controller.reads) <= held.keys():
                 continue
-            if controller.prompt in roles:
-                tasks.append(self._task(controller, place, roles[controller.prompt], negative=False))
-            if controller.both_halves and NEGATIVE in rows:
-                tasks.append(self._task(controller, place, rows[NEGATIVE], negative=True))
+            positive = roles.get(controller.prompt, [])
+            negative = rows.get(NEGATIVE, []) if controller.both_halves else []
+            if len(set(controller.reads)) == 1:  # both halves read the same
+                positive, negative = positive + negative, []
+            tasks += [self._task(controller, place, at, at is negative) for at in (positive, negative) if at]
         if kind == "self":
             return self._self_attention(own, options, attend, inner, tasks, held)
         return self._cross_attention(place, own, options, attend, inner, tasks, roles, held)
@@ -687,8 +688,9 @@ class _EditPatch:
 
     def _cross_attention(self, place, own, options, attend, inner, tasks, roles, held):
         out, heads, done = None, options["n_heads"], []
-        mapping = {t.controller: t for t in tasks if t.controller.changes_maps and not t.place.negative}
-        if inner is not None or not mapping:
+        mapping = {t.controller: t for t in tasks if t.controller.changes_maps}
+        mixing = [t for t in tasks if t.controller.mixes_texts]
+        if inner is not None or not mapping and not mixing:
             out = attend(*own, options)
         for prompt, rows in roles.items():
             mine = [c for c in mapping if c.prompt == prompt]
@@ -720,14 +722,20 @@ class _EditPatch:
             done += rows
         if mapping:
             self._fill(out, own, options, attend, done if inner is None else range(len(own.q)))
-        for task in tasks:
+        whole, done = out is not None, []
+        for task in mixing:
             at, references = _span(task.rows), self._for_rows(held, task.controller.reads, task.rows)
-            mine, seen = QKV(*(t[at] for t in own)), self.run.lookout.seen(task.controller, task.place)
-            before = out[at]
+            mine, before = QKV(*(t[at] for t in own)), out[at] if whole else None
+            seen = self.run.lookout.seen(task.controller, task.place)
             edited = task.controller.cross_output(
                 task.place, before, mine, references, lambda *qkv: _kernel(*qkv, options), seen
             )
-            out = out if edited is before else _with_rows(out, at, edited)
+            # What another pack gives back may be a tensor that it still needs.
+            out = torch.empty_like(own.q) if out is None else out.clone() if inner is not None else out
+            out[at] = edited
+            done += task.rows
+        if not whole:
+            self._fill(out, own, options, attend, done)
         return out
 
     def _fill(self, out, own, options, attend, done):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .values import QKV
 
+FEW = 256  # tokens
 HALF = 0.5  # a soft mask's token counts as the object's from here on
 
 
@@ -58,8 +59,8 @@ class Part(NamedTuple):
 def attend_parts(attend, own, parts):
     """The sum of the parts' attentions of the queries ``own.q`` (R, N, C), each weighed: (R, N, C).
 
-    ``attend(q, k, v)`` is the attention; only the tokens that take part go through it, so two halves cost less than
-    one whole. Where a part has no key to read, plain attention to ``own`` takes its place.
+    ``attend(q, k, v)`` is the attention; on large grids only the queries that take part go through it, so two halves
+    cost less than one whole. Where a part has no key to read, plain attention to ``own`` takes its place.
     """
     alike = all(len(p.weight) == 1 and (p.keys is None or len(p.keys) == 1) for p in parts)
     groups = [slice(None)] if alike else [slice(row, row + 1) for row in range(len(own.q))]
@@ -67,9 +68,10 @@ def attend_parts(attend, own, parts):
     for rows in groups:
         for part in parts:
             weight = _row(part.weight, rows)
-            queries = _chosen(weight > 0)
-            if queries is not None and not len(queries):
+            if not weight.any():
                 continue
+            # Picking out a few costs more than it saves.
+            queries = _chosen(weight > 0) if len(weight) > FEW else None
             k, v = part.read.k[rows], part.read.v[rows]
             if part.keys is not None:
                 keys = _chosen(_row(part.keys, rows))

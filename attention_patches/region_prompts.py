@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from .controller import Controller
+from .masks import Part, attend_parts
+from .values import QKV
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,6 +21,9 @@ class RegionPrompts(Controller):
     """``lengths`` are the token counts of the prompts in the conditioning; the first is read wherever no region is,
     and the others in the regions ``masks`` (one :class:`Mask` each). Where regions overlap they share.
     """
+
+    changes_maps = False
+    mixes_texts = True
 
     lengths: tuple
     regions: tuple
@@ -38,8 +43,12 @@ class RegionPrompts(Controller):
         total = regions.sum(0)
         return torch.cat([(1 - total).clamp(min=0)[None], regions]) / total.clamp(min=1)
 
-    def cross_map(self, place, own, references):
-        shares = self.shares(place).to(own)[:, :, None, :, None]
-        # A prompt read alone: its own columns, scaled to add up to 1.
-        texts = [text / text.sum(-1, keepdim=True).clamp(min=1e-30) for text in own.split(self.lengths, -1)]
-        return torch.cat([share * text for share, text in zip(shares, texts, strict=True)], -1)
+    def cross_output(self, place, out, own, references, attend, seen):
+        # Beside a longer negative the host repeats the texts; the first ones are enough.
+        k, v = (t[:, : sum(self.lengths)].split(self.lengths, 1) for t in (own.k, own.v))
+        texts = zip(k, v, strict=True)
+        shares = self.shares(place)
+        parts = [Part(share, None, QKV(own.q, *text)) for share, text in zip(shares, texts, strict=True)]
+        made = attend_parts(attend, own, parts)
+        # What another pack adds to the attention stays.
+        return made if out is None else out + made - attend(*own)

@@ -93,16 +93,21 @@ def test_without_a_key_to_read_it_is_plain_attention(dtype):
     assert out.isfinite().all() and torch.equal(out, attend(*own))
 
 
-def test_only_what_takes_part_is_computed():
-    own, sizes = random_qkv(rows=1), []
+def test_on_large_grids_only_what_takes_part_is_computed():
+    for tokens, queries in ((600, [200, 400]), (12, [12, 12])):
+        own, sizes = random_qkv(rows=1, tokens=tokens), []
 
-    def counting(q, k, v):
-        sizes.append((q.shape[1], k.shape[1]))
-        return attend(q, k, v)
+        def counting(q, k, v, sizes=sizes):
+            sizes.append((q.shape[1], k.shape[1]))
+            return attend(q, k, v)
 
-    weight = (torch.arange(12) < 4).float()[None]
-    attend_parts(counting, own, [Part(weight, weight > 0.5, own), Part(1 - weight, weight < 0.5, own)])
-    assert sizes == [(4, 4), (8, 8)]
+        weight = (torch.arange(tokens) < tokens // 3).float()[None]
+        parts = [Part(weight, weight > 0.5, own), Part(1 - weight, weight < 0.5, own)]
+        out = attend_parts(counting, own, parts)
+        assert [q for q, _ in sizes] == queries and [k for _, k in sizes] == [tokens // 3, tokens - tokens // 3]
+        inside = [QKV(own.q, *(t[:, part.keys[0]] for t in own[1:])) for part in parts]
+        dense = [attend(*one) for one in inside]
+        assert torch.allclose(out, torch.where(weight[..., None] > 0, *dense), atol=1e-5)
 
 
 # ---- region prompts --------------------------------------------------------------------------------------------------
@@ -118,11 +123,14 @@ def test_each_region_reads_its_own_prompt():
     q, texts = torch.randn(1, 4, 8), [torch.randn(1, 3, 8) for _ in range(3)]
     left, top = torch.tensor([[1.0, 0], [1, 0]]), torch.tensor([[1.0, 1], [0, 0]])
     joined = torch.cat(texts, 1)
-    p = regions(left, top).cross_map(place((2, 2), "cross"), attention_map(q, joined, HEADS), {})
-    out = apply_map(p, joined, HEADS)
+    own = QKV(q, joined, joined)
+    out = regions(left, top).cross_output(place((2, 2), "cross"), None, own, {}, attend, None)
     everywhere, by_left, by_top = (attend(q, text, text) for text in texts)
     expected = [(by_left + by_top)[:, 0] / 2, by_top[:, 1], by_left[:, 2], everywhere[:, 3]]
     assert torch.allclose(out, torch.stack(expected, 1), atol=1e-5)
+    added = attend(*own) + 3.0  # what another pack makes of plain attention
+    beside = regions(left, top).cross_output(place((2, 2), "cross"), added, own, {}, attend, None)
+    assert torch.allclose(beside, out + 3.0, atol=1e-5)
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=4))
