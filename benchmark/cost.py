@@ -3,6 +3,9 @@
     --size demo     the demo model at its own size
     --size full     SD 1.5's UNet with random weights, for pictures of 256 px
 
+    --part edits    whole samplings, edit by edit
+    --part kernel   one layer: attention with the source's maps beside the host's own attention, on the same q, k, v
+
 Every edit's windows span the whole sampling, which is the dearest it can be. Time is compared within one run, turn and
 turn about; a row is one picture through the UNet under one text, and stock sampling takes two of them a step. The
 figures are printed, and kept in benchmark/editing.json.
@@ -24,11 +27,12 @@ import torch
 
 import nodes as stock
 
+from ..attention_patches import host as patches
 from ..demo.measure import call
 from ..demo.model import UNET, _initialise
 from ..inversion import host
 from ..inversion.trajectory import Trajectory
-from ..nodes import demo, edit
+from ..nodes import demo, edit, self_attention
 from .live import LiveBytes
 
 RESULTS = Path(__file__).parent / "editing.json"
@@ -138,11 +142,47 @@ def swap_and_blend(it):
     return call(edit.AttuneLocalBlend, model, it.clip, it.trajectory, *words)
 
 
+def read_maps(it):
+    settings = {"source_prompt": "", "target_prompt": TARGET, "start": 0.0, "end": 1.0, "token_limit": 1 << 20}
+    return call(self_attention.AttuneFreePromptEditing, it.model, it.clip, it.trajectory, **settings)
+
+
+def read_values(it, **masks):
+    settings = {"source_prompt": "", "target_prompt": TARGET, "start": 0.0, "end": 1.0, "layer": 0}
+    return call(self_attention.AttuneMutualSelfAttention, it.model, it.clip, it.trajectory, **settings, **masks)
+
+
+def read_values_by_mask(it):
+    return read_values(it, source_mask=half(), target_mask=half())
+
+
+def preserve_context(it):
+    settings = TARGET, half(), True, 0.0, 0, self_attention.EVERY, 0.0, 0, self_attention.BY_SOURCE
+    return call(self_attention.AttuneContextPreserving, it.model, it.clip, it.trajectory, *settings)
+
+
+def prompt_regions(it):
+    settings = {"prompt": SOURCE, "prompt_1": TARGET, "prompt_2": LONGER, "mask_1": half(), "mask_2": 1 - half()}
+    return call(self_attention.AttuneRegionPrompts, it.model, it.clip, **settings)
+
+
+def half():
+    """A mask of the picture's left half."""
+    mask = torch.zeros(1, 128, 128)
+    mask[..., :64] = 1
+    return mask
+
+
 EDITS = {
     "swap": swap,
     "refine": refine,
     "swap and re-weight": swap_and_reweight,
     "swap and local blend": swap_and_blend,
+    "free prompt editing": read_maps,
+    "mutual self-attention": read_values,
+    "mutual, masked": read_values_by_mask,
+    "context preserving": preserve_context,
+    "region prompts": prompt_regions,
 }
 
 
@@ -215,6 +255,60 @@ def memory(it):
     }
 
 
+class Kernels:
+    """In its `with`, every self-attention layer that an edit changes is run twice, turn and turn about: as the edit has
+    it, and as the host does it on the target's own q, k, v. ``seen``: picture tokens -> pairs of seconds.
+    """
+
+    def __init__(self):
+        self.seen = {}
+
+    def __enter__(self):
+        self.edited = edited = patches._EditPatch._self_attention
+        seen, clock = self.seen, time.perf_counter
+
+        def timed(patch, own, options, attend, inner, tasks, held):
+            ways = [
+                lambda: edited(patch, own, options, attend, inner, tasks, held),
+                lambda: attend(*own, options),
+            ]
+            pairs = seen.setdefault(own.q.shape[1], [])
+            made, took = [None, None], [0.0, 0.0]
+            for way in (0, 1) if len(pairs) % 2 else (1, 0):
+                began = clock()
+                made[way] = ways[way]()
+                took[way] = clock() - began
+            if tasks:
+                pairs.append(took)
+            return made[0]
+
+        patches._EditPatch._self_attention = timed
+        return self
+
+    def __exit__(self, *_):
+        patches._EditPatch._self_attention = self.edited
+
+
+def kernels(it, repeats):
+    """Picture tokens -> what attention with the source's maps takes beside the host's own: medians over all layers of
+    that size, all steps and turns.
+    """
+    way = *EDITS["free prompt editing"](it), 7.5
+    it.sample(*way)  # thrown away: whatever happens only once
+    with Kernels() as kernels:
+        for _ in range(repeats):
+            it.sample(*way)
+    out = {}
+    for tokens, pairs in sorted(kernels.seen.items(), reverse=True):
+        edited, plain = (statistics.median(column) for column in zip(*pairs, strict=True))
+        out[f"{tokens} tokens"] = {
+            "with the source's maps, microseconds": round(1e6 * edited, 1),
+            "the host's own, microseconds": round(1e6 * plain, 1),
+            "over the host's own": round(statistics.median(a / b for a, b in pairs), 3),
+        }
+    return out
+
+
 def table(found):
     """The figures as Markdown."""
     keys = list(dict.fromkeys(key for row in found.values() for key in row))
@@ -241,6 +335,7 @@ SIZES = {"demo": (demo_size, 20, 11), "full": (full_size, 2, 5)}
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=(*SIZES, "all"), default="all")
+    parser.add_argument("--part", choices=("edits", "kernel", "all"), default="all")
     parser.add_argument("--steps", type=int, help="20 at the demo size, 2 at the full one")
     parser.add_argument("--repeats", type=int, help="turns; 11 at the demo size, 5 at the full one")
     parser.add_argument("--edits", nargs="+", choices=tuple(EDITS), help="only these; nothing is kept then")
@@ -253,13 +348,17 @@ def main():
         if args.size not in (size, "all"):
             continue
         with torch.inference_mode():
-            it = make(args.steps or steps)
-            rows = memory(it)
-            found = times(it, args.repeats or repeats)
-        found = {name: row | rows.get(name, {}) for name, row in found.items()}
-        log.info("\n%s size, latents of %s:\n%s", size, list(it.noise["samples"].shape[2:]), table(found))
-        if not args.edits:
-            keep("cost", size, found)
+            it, parts = make(args.steps or steps), {}
+            if args.part in ("edits", "all"):
+                rows = memory(it)
+                found = times(it, args.repeats or repeats)
+                parts[size] = {name: row | rows.get(name, {}) for name, row in found.items()}
+            if args.part in ("kernel", "all") and not args.edits:
+                parts[f"{size}, kernel"] = kernels(it, args.repeats or repeats)
+        for part, found in parts.items():
+            log.info("\n%s size, latents of %s:\n%s", part, list(it.noise["samples"].shape[2:]), table(found))
+            if not args.edits:
+                keep("cost", part, found)
 
 
 if __name__ == "__main__":

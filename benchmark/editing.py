@@ -80,11 +80,11 @@ def tasks(source, rng):
 KINDS = "colour", "shape", "pattern", "background"
 
 
-def draw_scenes(count, seed, pattern):
-    """Held-out scenes whose shapes differ and whose first object is plain, or patterned."""
+def draw_scenes(count, seed, pattern, objects=None):
+    """Held-out scenes whose shapes differ and whose first object is plain, or patterned; of 1 or 2 objects."""
     rng, drawn = np.random.default_rng([seed, 11]), []
     while len(drawn) < count:
-        one = scenes.draw_scene(rng, held_out=True)
+        one = scenes.draw_scene(rng, held_out=True, objects=objects)
         shapes = {t.shape for t in one.things}
         if len(shapes) == len(one.things) and (one.things[0].pattern != "plain") == pattern:
             drawn.append(one)
@@ -190,20 +190,22 @@ class Studio:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def invert(self, drawn, name, guidance=None, batch=8):
-        """Trajectories of scenes, one for each: DDIM inversions, or null-text inversions where guidance is given."""
+    def invert(self, drawn, name, guidance=None, batch=8, text=scenes.caption):
+        """Trajectories of scenes, one for each: DDIM inversions, or null-text inversions where guidance is given.
+
+        ``text`` gives the prompt that a scene is inverted under.
+        """
         file = self.folder / f"{name} {guidance or 1:g}.pt"
         if not file.exists():
-            parts = [self._invert(drawn[i : i + batch], guidance) for i in range(0, len(drawn), batch)]
+            parts = [self._invert(drawn[i : i + batch], guidance, text) for i in range(0, len(drawn), batch)]
             torch.save([one for part in parts for one in part], file)
             log.info("%s", file.stem)
         return [self._trajectory(*one) for one in torch.load(file)]
 
-    def _invert(self, drawn, guidance):
+    def _invert(self, drawn, guidance, text):
         bench = self.bench
         pictures = torch.from_numpy(np.stack([scenes.render(s)[0] for s in drawn]))
-        captions = bench.text(*(scenes.caption(s) for s in drawn))
-        trajectory = bench.invert(bench.encode(pictures), captions)[0]
+        trajectory = bench.invert(bench.encode(pictures), bench.text(*map(text, drawn)))[0]
         if guidance is not None:
             settings = bench.text(""), guidance, 10, 0.01, 1e-5, True
             trajectory = call(invert.AttuneNullTextInversion, trajectory, bench.model, *settings)[0]
@@ -448,11 +450,13 @@ def average_change(rows):
 
 
 def table(found, first):
-    """Rows of rows as one Markdown table."""
+    """Rows of rows as one Markdown table; None is an empty place."""
     keys = list(dict.fromkeys(k for rows in found.values() for row in rows.values() for k in row))
     lines = [f"| {first} | method | " + " | ".join(keys) + " |", "|---" * (len(keys) + 2) + "|"]
     for kind, rows in found.items():
-        lines += [f"| {kind} | {name} | " + " | ".join(str(row[k]) for k in keys) + " |" for name, row in rows.items()]
+        for name, row in rows.items():
+            figures = ("" if row[key] is None else str(row[key]) for key in keys)
+            lines.append(f"| {kind} | {name} | " + " | ".join(figures) + " |")
     return "\n".join(lines)
 
 
