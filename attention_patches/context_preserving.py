@@ -32,7 +32,6 @@ class ContextPreserving(Controller):
 
     both_halves = True
     mixes = True
-    changes_maps = False
     mixes_texts = True
 
     source_mask: Mask

@@ -15,14 +15,13 @@ class Controller:
     References are dictionaries from the reference's name ("source") to the :class:`QKV` or map that it has there.
 
     ``replaces_words`` says that ``cross_map`` discards what it is given, so that two such on one prompt cannot be;
-    ``both_halves`` that the negative rows are edited too; ``changes_maps`` that it has a ``cross_map``;
-    ``mixes_texts`` that it has a ``cross_output``; ``mixes`` that it has a ``self_output``, which discards what others
+    ``both_halves`` that the negative rows are edited too; ``mixes_texts`` that at "cross" places it has a
+    ``cross_output`` and no ``cross_map``; ``mixes`` that it has a ``self_output``, which discards what others
     would put out. ``refinement`` is its mask refinement, if any.
     """
 
     replaces_words: ClassVar[bool] = False
     both_halves: ClassVar[bool] = False
-    changes_maps: ClassVar[bool] = True
     mixes_texts: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     refinement = None

@@ -659,8 +659,9 @@ class _EditPatch:
         }
 
     def _self_attention(self, own, options, attend, inner, tasks, held):
-        for task in tasks:
-            at, references = _span(task.rows), self._for_rows(held, task.controller.reads, task.rows)
+        read = [self._for_rows(held, task.controller.reads, task.rows) for task in tasks]
+        for task, references in zip(tasks, read, strict=True):
+            at = _span(task.rows)
             mine = QKV(*(t[at] for t in own))
             edited = task.controller.self_attention(task.place, mine, references)
             own = QKV(*(t if e is m else _with_rows(t, at, e) for t, m, e in zip(own, mine, edited, strict=True)))
@@ -669,8 +670,8 @@ class _EditPatch:
             return _kernel(*qkv, options)
 
         out, done = None, []
-        for task in tasks:
-            at, references = _span(task.rows), self._for_rows(held, task.controller.reads, task.rows)
+        for task, references in zip(tasks, read, strict=True):
+            at = _span(task.rows)
             mine, seen = QKV(*(t[at] for t in own)), self.run.lookout.seen(task.controller, task.place)
             edited = task.controller.self_output(task.place, mine, references, plain, seen)
             if edited is None:
@@ -688,7 +689,7 @@ class _EditPatch:
 
     def _cross_attention(self, place, own, options, attend, inner, tasks, roles, held):
         out, heads, done = None, options["n_heads"], []
-        mapping = {t.controller: t for t in tasks if t.controller.changes_maps}
+        mapping = {t.controller: t for t in tasks if not t.controller.mixes_texts}
         mixing = [t for t in tasks if t.controller.mixes_texts]
         if inner is not None or not mapping and not mixing:
             out = attend(*own, options)

@@ -8,13 +8,13 @@ Paper: Hertz et al., "Prompt-to-Prompt Image Editing with Cross Attention Contro
 the form of the authors' code for null-text inversion: delayed start, words to keep the edit out.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .values import first_step
 from .watch import Watch, WatchedWords
 
 
@@ -38,7 +38,7 @@ class LocalBlend:
 
     def acts(self, step, steps):
         """Whether it blends at the 0-based ``step`` of ``steps``: from floor(start * steps) on."""
-        return step >= math.floor(self.start * steps + 1e-6) and self.start < 1
+        return step >= first_step(self.start, steps) and self.start < 1
 
     @property
     def watch(self):

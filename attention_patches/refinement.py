@@ -8,7 +8,6 @@ neither levels nor numbers; here they are all settings.
 """
 
 import hashlib
-import math
 from dataclasses import dataclass, field, replace
 
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .maps import stretch
 from .masks import touched
+from .values import first_step
 from .watch import Watch, WatchedWords
 
 STRETCHED, SPREAD = "least to greatest", "standard deviations"
@@ -50,7 +50,7 @@ class Refinement:
 
     def find(self, step, steps, seen):
         """The mask (B, h, w) of 0 and 1 at the 0-based ``step`` of ``steps``, or None while it is too early."""
-        if seen.before is None or step < math.floor(self.after * steps + 1e-6):
+        if seen.before is None or step < first_step(self.after, steps):
             return None
         return self.refine(seen.before[1])
 

@@ -22,7 +22,6 @@ class RegionPrompts(Controller):
     and the others in the regions ``masks`` (one :class:`Mask` each). Where regions overlap they share.
     """
 
-    changes_maps = False
     mixes_texts = True
 
     lengths: tuple

@@ -18,6 +18,12 @@ class QKV(NamedTuple):
     v: Tensor
 
 
+def first_step(share, steps):
+    """The 0-based step of ``steps`` from which on more than ``share`` of them is over: floor(share * steps)."""
+    # A share such as 0.29 of 100 steps is 28.999... in floating point and must still mean step 29.
+    return math.floor(share * steps + 1e-6)
+
+
 @dataclass(frozen=True)
 class Window:
     """A stretch of the sampling, as shares of the steps: 0 is the noisy start, 1 the finished picture.
@@ -38,8 +44,7 @@ class Window:
 
     def contains(self, step, steps):
         """Whether the 0-based ``step`` of ``steps`` lies inside; floor(start*steps) <= step < floor(end*steps)."""
-        # A share such as 0.29 of 100 steps is 28.999... in floating point and must still mean step 29.
-        return math.floor(self.start * steps + 1e-6) <= step < math.floor(self.end * steps + 1e-6)
+        return first_step(self.start, steps) <= step < first_step(self.end, steps)
 
 
 @dataclass(frozen=True)

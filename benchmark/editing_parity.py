@@ -129,10 +129,18 @@ class Sides:
             words = ", ".join(case.inside), ", ".join(case.outside)
             prompts = case.source, case.target
             model, positive = call(edit.AttuneLocalBlend, model, clip, trajectory, *prompts, *words, *BLEND)
-        texts, sigmas = (self.bench.guidance, positive, self.empty), trajectory.sigmas
+        return self.drawn(model, positive, self.empty, trajectory)
+
+    def drawn(self, model, positive, negative, trajectory):
+        """The last latent (1, 4, h, w) that the stock sampler draws from a trajectory's noise."""
+        texts, sigmas = (self.bench.guidance, positive, negative), trajectory.sigmas
         noise = {"samples": host.host_latent(trajectory, 0)}
         drawn = call(custom.SamplerCustom, model, False, 0, *texts, self.euler, sigmas, noise)[0]
         return host.to_model_scale(self.bench.model, drawn["samples"]) / (1 + sigmas[-1] ** 2).sqrt()
+
+    def trajectory(self, case, number):
+        """The picture that a case edits: the held-out scene ``number``."""
+        return self.record(case.source, case.grid, self.bench.seed + number)
 
     def prompt(self, text):
         """A prompt for the reference: raw tokens and the embedding, from the host's own tokenizer and encoder."""
@@ -189,7 +197,7 @@ def measure_cases(sides):
     drawn, _, _ = sides.bench.scenes(objects=2)
     for number, scene in enumerate(drawn):
         for name, case in cases(scene).items():
-            trajectory = sides.record(case.source, case.grid, sides.bench.seed + number)
+            trajectory = sides.trajectory(case, number)
             ours = sides.ours(case, trajectory)
             free, theirs, _ = sides.theirs(case, trajectory)
             nothing = Case(case.target, case.target, NONE, cross=(0.0, 0.0), self_=(0.0, 0.0), grid=case.grid)
@@ -213,18 +221,18 @@ QUIRKS = {
 }
 
 
-def measure_differences(sides):
+def measure_differences(sides, cases=cases, quirks=QUIRKS):
     """Name -> mean relative distance of the pack's last latents from the right reference and from the authors' own."""
     found = {}
     drawn, _, _ = sides.bench.scenes(objects=2)
     for number, scene in enumerate(drawn):
-        for name, key in QUIRKS.items():
+        for name, key in quirks.items():
             case = cases(scene)[key]
-            trajectory = sides.record(case.source, case.grid, sides.bench.seed + number)
+            trajectory = sides.trajectory(case, number)
             ours = sides.ours(case, trajectory)
             row = found.setdefault(name, {"from the right one": [], "from the authors' code": []})
             row["from the right one"].append(relative(ours, sides.theirs(case, trajectory)[1]))
-            row["from the authors' code"].append(relative(ours, sides.theirs(case, trajectory, True)[1]))
+            row["from the authors' code"].append(relative(ours, sides.theirs(case, trajectory, quirk=True)[1]))
     return {name: {key: sum(v) / len(v) for key, v in row.items()} for name, row in found.items()}
 
 

@@ -15,7 +15,6 @@ import logging
 from dataclasses import dataclass, replace
 
 import comfy.utils
-import comfy_extras.nodes_custom_sampler as custom
 import torch
 
 from ..demo import scenes
@@ -142,10 +141,7 @@ class Sides(editing_parity.Sides):
         node, given = getattr(self_attention, NODES[case.method]), prompts | case.settings
         model, positive = call(node, self.bench.model, self.bench.clip, trajectory, **given)
         negative = self.empty if trajectory.nulls is None else negative_of(trajectory)
-        texts, sigmas = (self.bench.guidance, positive, negative), trajectory.sigmas
-        noise = {"samples": host.host_latent(trajectory, 0)}
-        drawn = call(custom.SamplerCustom, model, False, 0, *texts, self.euler, sigmas, noise)[0]
-        return host.to_model_scale(self.bench.model, drawn["samples"]) / (1 + sigmas[-1] ** 2).sqrt()
+        return self.drawn(model, positive, negative, trajectory)
 
     def theirs(self, case, trajectory, quirk=False, pinned=True, plain=False):
         """The paper's last latents (1, 4, h, w), source and target; with ``plain``, of drawing without an edit."""
@@ -214,18 +210,8 @@ QUIRKS = {
 
 
 def measure_differences(sides):
-    """Name -> mean relative distance of the pack's last latents from the right reference and from the authors' own."""
-    found = {}
-    drawn, _, _ = sides.bench.scenes(objects=2)
-    for number, scene in enumerate(drawn):
-        for name, key in QUIRKS.items():
-            case = cases(scene)[key]
-            trajectory = sides.trajectory(case, number)
-            ours = sides.ours(case, trajectory)
-            row = found.setdefault(name, {"from the right one": [], "from the authors' code": []})
-            row["from the right one"].append(relative(ours, sides.theirs(case, trajectory)[1]))
-            row["from the authors' code"].append(relative(ours, sides.theirs(case, trajectory, quirk=True)[1]))
-    return {name: {key: sum(v) / len(v) for key, v in row.items()} for name, row in found.items()}
+    """As :func:`editing_parity.measure_differences`, for these cases."""
+    return editing_parity.measure_differences(sides, cases, QUIRKS)
 
 
 def measure_source_row(sides, margin=4):
