@@ -27,7 +27,7 @@ import comfy.samplers
 import torch
 from comfy.conds import CONDCrossAttn, CONDRegular
 from comfy.ldm.modules import attention
-from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from comfy.patcher_extension import WrappersMP
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -39,7 +39,7 @@ from .reference import Spec
 from .refinement import Found
 from .values import QKV, Place, apply_map, attention_map
 from .watch import Lookout
-from .words import group_words
+from .words import CHUNK, group_words, read_braces
 
 KEY = "attune"  # of the spec in transformer_options and of our wrappers
 RUN = "attune_run"  # in transformer_options while sampling: what this run has gathered
@@ -84,9 +84,82 @@ def _letters(text):
     return bytes(table[c] for c in text).decode("utf-8", "replace") if set(text) <= set(table) else text
 
 
+def read_nouns(clip, text):
+    """A prompt whose nouns stand in braces: the prompt without them, and (noun, its token positions) in order.
+
+    Raises ValueError for braces that do not close, for none, and for what is no word of the prompt.
+    """
+    prompt, marked = read_braces(text)
+    read, nouns = read_words(clip, prompt), []
+    for noun, start in marked:
+        # Of two nouns that are the same word, the one that stands there is meant.
+        before = read_words(clip, prompt[:start]).count(noun)
+        nouns.append((noun, read.find(noun)[before]))
+    return prompt, nouns
+
+
 def encode(clip, prompt):
     """The prompt as CONDITIONING, tagged so that an edit knows its rows."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt), add_dict={PROMPT: prompt})
+
+
+def token_vectors(clip, prompt, positions):
+    """What each of the CLIP's text encoders reads for the tokens at ``positions``: its name -> (R, width), fp32.
+
+    Raises ValueError for a CLIP whose encoders are not of CLIP's kind.
+    """
+    vectors = {}
+    for name, chunks in clip.tokenize(prompt).items():
+        encoder = getattr(clip.cond_stage_model, "clip_" + name, None)
+        if encoder is None:
+            raise ValueError(
+                f'The CLIP has a text encoder "{name}" that is none of Stable Diffusion\'s, so no word can be learned '
+                "in it; connect the CLIP of an SD 1.x, SD 2.x or SDXL checkpoint."
+            )
+        table, rows = encoder.transformer.get_input_embeddings().weight, []
+        for position in positions:
+            token = chunks[position // CHUNK][position % CHUNK][0]
+            rows.append((token if torch.is_tensor(token) else table[int(token)]).detach().float().cpu())
+        vectors[name] = torch.stack(rows)
+    return vectors
+
+
+def with_vectors(clip, prompt, vectors):
+    """The prompt's tokens for the CLIP, with ``vectors`` in the place of some: text encoder's name -> position ->
+    (width,)."""
+    tokens = clip.tokenize(prompt)
+    for name, own in vectors.items():
+        for position, vector in own.items():
+            chunk = tokens[name][position // CHUNK]
+            chunk[position % CHUNK] = (vector, *chunk[position % CHUNK][1:])
+    return tokens
+
+
+def encode_tokens(clip, tokens):
+    """The embedding (1, T, C) of tokens as the CLIP's tokenizer gives them, with a gradient to vectors among them.
+
+    The CLIP must be loaded: here nothing is, since that could push a MODEL out that is being learned on.
+    """
+    encoder = clip.cond_stage_model
+    encoder.reset_clip_options()
+    if clip.layer_idx is not None:
+        encoder.set_clip_options({"layer": clip.layer_idx})
+    return encoder.encode_token_weights(tokens)[0]
+
+
+def encode_steps(clip, prompt, vectors, windows):
+    """The prompt as CONDITIONING with one text a step: ``vectors``, text encoder's name -> position -> (S, B, width),
+    take the place of some tokens; ``windows`` (S+1,) are shares of the schedule, as a Trajectory's.
+
+    Whatever else a conditioning holds, such as SDXL's pooled text, is the prompt's own.
+    """
+    extras, entries = encode(clip, prompt)[0][1], []
+    steps, pictures = next(iter(next(iter(vectors.values())).values())).shape[:2]
+    for step, (start, end) in enumerate(zip(windows[:-1], windows[1:], strict=True)):
+        mine = ({n: {p: v[step, i] for p, v in own.items()} for n, own in vectors.items()} for i in range(pictures))
+        texts = [clip.encode_from_tokens(with_vectors(clip, prompt, one)) for one in mine]
+        entries.append([torch.cat(texts), {**extras, "start_percent": start, "end_percent": end}])
+    return entries
 
 
 # ---- what rides on MODEL -----------------------------------------------------------------------------------------
@@ -402,7 +475,12 @@ class _Run:
         if model.memory_required([rows, *x.shape[1:]]) * 1.5 > comfy.model_management.get_free_memory(x.device):
             return {}
         self.features.clear()
-        texts = (comfy.samplers.get_area_and_mult(c, latents[n], timestep) for n in latents for c in self.conds[n])
+        texts = (
+            comfy.samplers.get_area_and_mult(c, latents[n], timestep)
+            for n in latents
+            for c in self.conds[n]
+            if _holds(c, sigma)
+        )
         return {name: (latents[name], one.conditioning) for name, one in zip(latents, texts, strict=True)}
 
     def read_references(self, model, x, timestep, model_options):
@@ -490,22 +568,78 @@ def recording(model, receive):
 
     Steps are not counted: each place says step 0 of 1.
     """
+    return _recording(model, lambda: receive)
+
+
+def _recording(model, receiver):
+    """As :func:`recording`; ``receiver()`` says at each evaluation who receives, None for nobody."""
     check_plain(model)
     model = model.clone()
     layers = list(_grids(model.model.diffusion_model, 1, 1))
 
-    def patch(kind, own, options, attend, inner):
-        if grid := _lines_up(own, options):
-            block, depth = options["block"], options["block_index"]
-            number = layers.index((tuple(block), depth))
-            receive(Place(kind, tuple(block), depth, grid, 0, 1, number), own, options["n_heads"])
-        return attend(*own, options)
-
     def calc_cond_batch(executor, base, conds, x, timestep, model_options):
-        return executor(base, conds, x, timestep, _patched(layers, model_options, patch))
+        receive = receiver()
+
+        def patch(kind, own, options, attend, inner):
+            if grid := _lines_up(own, options):
+                block, depth = options["block"], options["block_index"]
+                number = layers.index((tuple(block), depth))
+                receive(Place(kind, tuple(block), depth, grid, 0, 1, number), own, options["n_heads"])
+            return attend(*own, options)
+
+        if receive is not None:
+            model_options = _patched(layers, model_options, patch)
+        return executor(base, conds, x, timestep, model_options)
 
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc_cond_batch)
     return model
+
+
+class LevelMaps:
+    """Where words look in the level nearest to ``tokens`` of MODEL, for latents of ``size`` (h, w); with a gradient
+    where grad mode is on.
+
+    ``model`` is the clone to run, ``grid`` (h, w) the level's.
+    """
+
+    def __init__(self, model, tokens, size):
+        grids = _grids(model.model.diffusion_model, *size)
+        self.grid = nearest(grids.values(), tokens)
+        self.model = _recording(model, lambda: self._receive)
+        last = [layer for layer, grid in grids.items() if grid == self.grid][-1]
+        self._transformer = _transformer(model.model.diffusion_model, last[0])
+        self._receive = None
+
+    def read(self, run):
+        """The mean map (b, N, T), over heads and the level's layers, of the pass that ``run()`` makes; the pass ends
+        behind the last of them. Raises ValueError where a pack's patch leaves nothing to see."""
+        found = []
+
+        def receive(place, own, heads):
+            # Also called where this pass is computed again for a gradient, which must do the same once more.
+            if place.kind == "cross" and place.grid == self.grid:
+                found.append(attention_map(own.q, own.k, heads).mean(1))
+
+        def end(*_):
+            raise _ReadAll
+
+        self._receive, handle = receive, self._transformer.register_forward_hook(end)
+        try:
+            with contextlib.suppress(_ReadAll):
+                run()
+        finally:
+            handle.remove()
+            self._receive = None
+        if not found:
+            nearest((), self.grid[0] * self.grid[1])  # says why
+        return sum(found) / len(found)
+
+
+def _transformer(unet, block):
+    """The module that holds a block's attention layers."""
+    kind, number = block
+    blocks = {"input": unet.input_blocks, "middle": [unet.middle_block], "output": unet.output_blocks}[kind]
+    return next(m for m in blocks[number] if isinstance(m, SpatialTransformer))
 
 
 def _grids(unet, height, width):

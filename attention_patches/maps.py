@@ -5,7 +5,7 @@ every layer and step at 16x16.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,15 @@ class MapSum:
         steps = tuple((s,) for s in seen) if each_step else (tuple(seen),)
         maps = tuple(torch.stack([self.average(layers, at) for at in steps], 1) for _, layers in chosen)
         return WordMaps(tuple(words), tuple(name for name, _ in chosen), steps, total, maps)
+
+
+def beside(found, other, which, name):
+    """A :class:`WordMaps` in which each word whose number is in ``which`` is followed by ``other``'s, under ``name``."""
+    order = [pair for i in range(len(found.words)) for pair in [(found, i)] + [(other, i)] * (i in which)]
+    words = tuple(one.words[i] if one is found else f"{one.words[i]}, {name}" for one, i in order)
+    layers = range(len(found.maps))
+    mixed = tuple(torch.stack([one.maps[layer][i] for one, i in order]) for layer in layers)
+    return replace(found, words=words, maps=mixed)
 
 
 def _size(grid):

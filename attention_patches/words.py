@@ -67,6 +67,10 @@ class Tokens:
         """Whether the prompt holds a word."""
         return bool(self._occurrences(word))
 
+    def count(self, word):
+        """How many times the prompt holds a word."""
+        return len(self._occurrences(word))
+
 
 def group_words(prompt, chunks):
     """Groups token pieces into words.
@@ -134,3 +138,33 @@ def read_stretches(text):
         return (_number(start) if dash else 0.0), _number(end)
 
     return _read_pairs(text, read, 'a word and its share of the steps, such as "red: 0.4" or "red: 0.1-0.6"')
+
+
+def read_braces(text):
+    """The text of "a {cat} and a {dog}" without its braces, and (what stood in them, where it starts) in order.
+
+    Raises ValueError for braces that do not close, are empty, or stand in others, and where there are none.
+    """
+    plain, marked, start = "", [], None
+    for letter in text:
+        if letter == "{" and start is None:
+            start = len(plain)
+        elif letter == "}" and start is not None and plain[start:].strip():
+            marked.append((plain[start:].strip(), start))
+            start = None
+        elif letter in "{}":
+            break
+        else:
+            plain += letter
+    else:
+        if start is None and marked:
+            return plain, marked
+    if not set(text) & set("{}"):
+        raise ValueError(
+            f'The prompt "{text}" marks no noun, but at least one is learned; put each in braces, such as "a {{cat}} '
+            'and a {dog}", on the Attune node.'
+        )
+    raise ValueError(
+        f'The braces in the prompt "{text}" do not match; put each noun in a pair of its own, such as "a {{cat}} and a '
+        '{dog}", on the Attune node.'
+    )

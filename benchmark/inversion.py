@@ -207,11 +207,11 @@ def memory(bench, side=64):
             denoise(start, 2.0)
         peaks["guided sampling step"] = live.peak
 
-    def learning(denoise, start, report):
+    def learning(network, start, report):
         with LiveBytes() as live:
             null = empty[0][0].clone().float()
             for _ in null_text.learn(
-                settings, denoise, sigmas, latents.to(start), null, null_text.begin(latents), lambda *_: 0
+                settings, network.denoise, sigmas, latents.to(start), null, null_text.begin(latents), lambda *_: 0
             ):
                 pass
         peaks["null-text update"] = live.peak
@@ -292,10 +292,10 @@ def compare(bench, network, latent, captions, inner):
 def learn_losses(bench, trajectory, captions, empty, settings):
     """Null-text inversion's losses, step by step, of a trajectory with one picture."""
 
-    def body(denoise, start, report):
+    def body(network, start, report):
         latents, null = trajectory.latents.clone().to(start), empty[0][0].clone().float().to(start)
         progress = null_text.begin(latents)
-        for now in null_text.learn(settings, denoise, trajectory.sigmas, latents, null, progress, lambda *_: 0):
+        for now in null_text.learn(settings, network.denoise, trajectory.sigmas, latents, null, progress, lambda *_: 0):
             progress = now
         return [pictures[0] for pictures in progress.losses]
 

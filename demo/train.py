@@ -353,7 +353,7 @@ def export(args):
         "attention": "supervised: a loss keeps the cross-attention of nouns and adjectives on their objects",
         "quality": card.read_text() if card.exists() else "not measured yet",
     }  # fmt: skip
-    out = HERE / "weights" / "attune_demo.safetensors"
+    out = HERE / "weights" / ("_".join(filter(None, ("attune_demo", args.variant))) + ".safetensors")
     out.parent.mkdir(exist_ok=True)
     save_file(tensors, out, metadata=about)
     log.info("wrote %s, %.1f MB: %s", out.name, out.stat().st_size / 1e6, json.dumps(about)[:300])
@@ -375,9 +375,12 @@ def main():
     parser.add_argument("--fresh", action="store_true", help="start the UNet anew, not from the shipped weights")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--sheet-steps", type=int, default=1000, help="steps between sample sheets")
+    parser.add_argument("--variant", default="", help="a folder in demo/run/ for a model of its own")
     parser.add_argument("--made-by", help="the commands that made the weights, for the file's metadata")
     args = parser.parse_args()
-    RUN.mkdir(exist_ok=True)
+    global RUN
+    RUN = RUN / args.variant
+    RUN.mkdir(parents=True, exist_ok=True)
     handlers = [logging.StreamHandler(), logging.FileHandler(RUN / "train.log")]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers, force=True)
     if args.stage == "unet":

@@ -1,7 +1,8 @@
 """A trajectory as one safetensors file. Nothing in it is ever executed, and every value of it is checked.
 
 Tensors: sigmas (S+1,), latents (S+1, B, C, h, w), nulls (S, B, T, C) if learned, and the conditionings' tensors as
-"conditioning.0", "conditioning.0.pooled_output", ... and "negative.0". The metadata holds one JSON text, "attune".
+"conditioning.0", "conditioning.0.pooled_output", ... and "negative.0"; "learned.l" (S, B, R, width) and the like are
+the vectors of learned words, one a text encoder. The metadata holds one JSON text, "attune".
 """
 
 import hashlib
@@ -12,12 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .trajectory import Trajectory
+from .trajectory import LearnedWords, Trajectory
 
-FORMAT = 1
+FORMAT = 2  # 1 knows no learned words
 AGAIN = "save the trajectory again and choose that file in Attune Load Trajectory"
 HEADER = {"family": str, "latent_format": str, "prediction": str, "weights": list, "method": str}
 LISTS = ("conditioning", "negative")
+LEARNED = "learned."
 
 
 class _Unfit(Exception):
@@ -34,12 +36,15 @@ def save(trajectory, path, versions):
     if trajectory.nulls is not None:
         tensors["nulls"] = trajectory.nulls
     about = {
-        "format": FORMAT,
+        "format": FORMAT if trajectory.learned else 1,
         "versions": versions,
         "steps": trajectory.steps,
         "header": trajectory.header,
         "windows": list(trajectory.windows),
     }
+    if words := trajectory.learned:
+        tensors |= {LEARNED + name: vectors for name, vectors in words.vectors.items()}
+        about["learned"] = {"prompt": words.prompt, "words": words.words, "positions": words.positions}
     for name in LISTS:
         about[name] = []
         for i, (text, extras) in enumerate(getattr(trajectory, name)):
@@ -57,6 +62,7 @@ def save(trajectory, path, versions):
                     )
             about[name].append(plain)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    about = json.loads(json.dumps(about))  # tuples become the lists that will be read
     about["digest"] = _digest(about, tensors)
     save_file(tensors, path, {"attune": json.dumps(about)})
 
@@ -130,15 +136,38 @@ def _build(tensors, about):
     if not isinstance(steps, int) or isinstance(steps, bool) or steps not in (len(sigmas) - 1, len(sigmas)):
         raise _Unfit("counts its steps wrongly")
     lists = {name: _conditioning(name, tensors, about) for name in LISTS}
+    moves, pictures = len(sigmas) - 1, latents.shape[1]
+    rising = isinstance(windows, list) and len(windows) == moves + 1 and all(map(_is_share, windows))
+    rising = rising and windows == sorted(windows)
     if nulls is not None:
-        moves, pictures = len(sigmas) - 1, latents.shape[1]
         fits = nulls.ndim == 4 and len(nulls) == moves and nulls.shape[1] in (1, pictures)
-        rising = isinstance(windows, list) and len(windows) == moves + 1 and all(map(_is_share, windows))
-        if not fits or not rising or windows != sorted(windows) or len(lists["negative"]) != 1:
+        if not fits or not rising or len(lists["negative"]) != 1:
             raise _Unfit("does not hold one null embedding for each of its steps")
+    vectors = {name.removeprefix(LEARNED): t for name, t in tensors.items() if name.startswith(LEARNED)}
+    learned = _learned(about.get("learned"), vectors, (moves, pictures))
+    if learned and not (rising and lists["conditioning"]):
+        raise _Unfit("does not say at which steps its learned words hold")
     return Trajectory(
-        sigmas.float(), latents.float(), steps, header, **lists, nulls=nulls, windows=tuple(windows or ())
-    )
+        sigmas.float(), latents.float(), steps, header, **lists, nulls=nulls, windows=tuple(windows or ()),
+        learned=learned,
+    )  # fmt: skip
+
+
+def _learned(told, vectors, shape):
+    """The learned words that a file tells of, or None where it tells of none."""
+    if told is None and not vectors:
+        return None
+    try:
+        words, positions = tuple(told["words"]), tuple(map(tuple, told["positions"]))
+        numbers = [p for at in positions for p in at]
+        fits = isinstance(told["prompt"], str) and len(words) == len(positions) and vectors and all(positions)
+        fits = fits and all(isinstance(w, str) for w in words) and all(type(p) is int and p > 0 for p in numbers)
+        fits = fits and all(v.ndim == 4 and v.shape[:3] == (*shape, len(numbers)) for v in vectors.values())
+    except (TypeError, KeyError):
+        fits = False
+    if not fits:
+        raise _Unfit("does not hold one vector for each token of its learned words")
+    return LearnedWords(told["prompt"], words, positions, vectors)
 
 
 def _is_share(value):

@@ -39,6 +39,23 @@ def ordinary(network):
             parameter.requires_grad_(True)
 
 
+@contextlib.contextmanager
+def norms_apart(network):
+    """In it, a layer that adds to its input in place, as the host's text encoders do, leaves alone what its norms
+    have saved for backward."""
+
+    def apart(_, inputs):
+        return inputs[0].clone(), *inputs[1:]
+
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.LayerNorm)]
+    handles = [norm.register_forward_pre_hook(apart) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 # What a block keeps for backward, in units of its input: a ResBlock two norms and two activations, a transformer
 # twenty-odd tensors, most of them in its feed-forward part. Measured on SD 1.x's layout.
 KEPT = {False: 5, True: 24}

@@ -6,6 +6,7 @@ process_in and _out, wrappers PREDICT_NOISE and APPLY_MODEL, `percent_to_sigma`,
 `load_models_gpu`, `optimized_attention_override` (0.3.75 only), `folder_paths`.
 """
 
+import contextlib
 import hashlib
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.patcher_extension import WrappersMP
+from safetensors.torch import save_file
 
 from . import gradient
 from .ddim import draw, papers_sigmas
@@ -156,13 +158,40 @@ def check_differentiable(model):
             )
 
 
-def learn(model, positive, negative, latent, steps, body):
-    """As :func:`walk`, for learning an embedding: ``body(denoise, latent, report)`` runs outside inference mode, and
-    ``denoise(x, sigma, embedding, rows)`` predicts for the pictures numbered ``rows`` with ``embedding`` (b, T, C) in
-    the place of ``negative``'s text, with a gradient to it where grad mode is on. Without the last two it predicts
-    under ``positive``. Half-precision weights compute in fp32 here, since the gradients would vanish.
+class Network:
+    """A loaded model through which gradients flow to the texts that it is given."""
 
-    MODEL and whatever shares its weights are afterwards as they were.
+    def __init__(self, guider, options, pictures):
+        self._guider, self._options, self._pictures = guider, options, pictures
+
+    def denoise(self, x, sigma, text=None, rows=None, half="negative"):
+        """The clean latent (b, C, h, w), fp32, of the pictures numbered ``rows``, under ``text`` (b, T, C) in the place
+        of that of the "positive" or the "negative"; without them, of all, under the positive as it is."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        conds = self._guider.conds["positive"]
+        if text is not None:
+            conds = [_with_text(self._guider.conds[half][0], text, rows, self._pictures)]
+        level = _level(x, sigma)
+        (clean,) = comfy.samplers.calc_cond_batch(self._guider.inner_model, [conds], x, level, self._options)
+        return self.differentiable(clean).float()
+
+    @staticmethod
+    def differentiable(found):
+        """``found``. Raises ValueError where it should have a gradient and has none."""
+        if torch.is_grad_enabled() and not found.requires_grad:
+            raise ValueError(
+                "No gradient came back through the MODEL: its attention or a pack's patch on it has none; connect the "
+                "MODEL from before that pack's node, or start ComfyUI with --use-pytorch-cross-attention."
+            )
+        return found
+
+
+def learn(model, positive, negative, latent, steps, body, clip=None):
+    """As :func:`walk`, for learning an embedding: ``body(network, latent, report)`` runs outside inference mode with a
+    :class:`Network`. Half-precision weights compute in fp32 here, since the gradients would vanish. Through ``clip``,
+    where one is given, gradients flow as well.
+
+    MODEL, CLIP and whatever shares their weights are afterwards as they were.
     """
     check_differentiable(model)
     with torch.inference_mode(False), torch.no_grad():
@@ -176,34 +205,21 @@ def learn(model, positive, negative, latent, steps, body):
         unet = model.model.diffusion_model
 
         def run(guider, latent, options, callback):
-            base = guider.inner_model
-            (template,) = guider.conds["negative"]
-
-            def denoise(x, sigma, embedding=None, rows=None):
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                conds = (
-                    guider.conds["positive"]
-                    if embedding is None
-                    else [_with_text(template, embedding, rows, len(latent))]
-                )
-                (clean,) = comfy.samplers.calc_cond_batch(base, [conds], x, _level(x, sigma), options)
-                if torch.is_grad_enabled() and not clean.requires_grad:
-                    raise ValueError(
-                        "No gradient came back through the MODEL: its attention or a pack's patch on it has none; "
-                        "connect the MODEL from before that pack's node, or start ComfyUI with "
-                        "--use-pytorch-cross-attention."
-                    )
-                return clean.float()
-
             def report(step, clean, x):
                 callback(step, clean, x, steps)
 
             blocks = [m for m in unet.modules() if isinstance(m, BLOCKS)]
             # A third of the weights on top of them, so that the peak stays within half of a guided sampling step's.
             spare = sum(p.numel() * p.element_size() for p in unet.parameters()) // 3
-            keep = gradient.checkpointed(blocks, lambda m: isinstance(m, SpatialTransformer), spare)
-            with gradient.ordinary(base), keep:
-                return body(denoise, latent, report)
+            with contextlib.ExitStack() as stack:
+                if clip is not None:
+                    # Together, so that neither has to make room for the other.
+                    comfy.model_management.load_models_gpu([guider.model_patcher, clip.patcher], force_full_load=True)
+                    stack.enter_context(gradient.ordinary(clip.cond_stage_model))
+                    stack.enter_context(gradient.norms_apart(clip.cond_stage_model))
+                stack.enter_context(gradient.ordinary(guider.inner_model))
+                stack.enter_context(gradient.checkpointed(blocks, lambda m: isinstance(m, SpatialTransformer), spare))
+                return body(Network(guider, options, len(latent)), latent, report)
 
         latent = latent.clone()
         return _run(model, {"positive": _cloned(positive), "negative": _cloned(negative)}, 1.0, latent, steps, run)
@@ -359,17 +375,28 @@ def new_trajectory_path(prefix):
 
     Raises ValueError for a prefix that leads out of the folder.
     """
+    return _free_path(prefix, folder_paths.get_output_directory(), SUFFIX, "output", "Attune Save Trajectory")
+
+
+def _free_path(prefix, base, suffix, what, node):
     try:
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            prefix, folder_paths.get_output_directory()
-        )
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, str(base))
     except Exception as problem:  # the host raises a bare Exception for this
         raise ValueError(
-            f'The filename_prefix "{prefix}" leads out of ComfyUI\'s output folder; give Attune Save Trajectory a name '
-            "inside it."
+            f'The filename_prefix "{prefix}" leads out of ComfyUI\'s {what} folder; give {node} a name inside it.'
         ) from problem
-    file = f"{name}_{counter:05}_{SUFFIX}"
+    file = f"{name}_{counter:05}_{suffix}"
     return Path(folder, file), subfolder, file
+
+
+def save_embedding(prefix, vectors):
+    """Writes vectors, text encoder's name -> (n, width), to the host's embeddings folder in the form that it reads, and
+    returns how a prompt names them. Raises ValueError for a prefix that leads out of the folder."""
+    folder = Path(folder_paths.get_folder_paths("embeddings")[0])
+    path, subfolder, file = _free_path(prefix, folder, ".safetensors", "embeddings", "Attune Save Learned Word")
+    save_file({"clip_" + name: rows.contiguous() for name, rows in vectors.items()}, path)
+    stem = file.removesuffix(".safetensors")
+    return "embedding:" + (f"{subfolder}/{stem}" if subfolder else stem).replace("\\", "/")
 
 
 def unfinished_path(key):

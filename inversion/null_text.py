@@ -35,6 +35,17 @@ class Progress:
     x: torch.Tensor
     losses: list
 
+    def __len__(self):
+        return len(self.nulls)
+
+    def tensors(self):
+        """What a file keeps of it, beside the losses."""
+        return {"nulls": torch.stack(self.nulls), "x": self.x}
+
+    @classmethod
+    def restored(cls, tensors, losses):
+        return cls(list(tensors["nulls"]), tensors["x"], losses)
+
 
 def begin(latents):
     """The :class:`Progress` of a run that has not learned anything yet."""
@@ -58,41 +69,50 @@ def learn(settings, denoise, sigmas, latents, null, progress, report):
     of a batch learns its own embedding and stops on its own. Raises FloatingPointError when a loss is not finite.
     """
     levels = [float(s) for s in sigmas]
-    pictures = latents.shape[1]
-    null = null.float().expand(pictures, -1, -1)
-    for step in range(len(progress.nulls), len(levels) - 1):
-        high, low = levels[step], levels[step + 1]
-        x, goal = progress.x, latents[step + 1]
+    null = null.float().expand(latents.shape[1], -1, -1)
+    for step in range(len(progress), len(levels) - 1):
         with torch.no_grad():
-            clean = denoise(x, high)
-        start = progress.nulls[-1] if settings.warm and progress.nulls else null
-        leaves = [start[i : i + 1].clone().requires_grad_() for i in range(pictures)]
-        optimizer = torch.optim.Adam(leaves, lr=settings.rate * (1 - step / 100))
-        losses = [[] for _ in leaves]
-        active = list(range(pictures))
-        for update in range(settings.inner):
-            rows = torch.tensor(active, device=x.device)
-            with torch.enable_grad():
-                empty = denoise(x[rows], high, torch.cat([leaves[i] for i in active]), rows)
-                landed = step_down(x[rows], guide(clean[rows], empty, settings.guidance), high, low)
-                loss = (landed - goal[rows]).square().flatten(1).mean(1) / (1 + low**2)
-                optimizer.zero_grad()  # to None, so that Adam leaves pictures that have stopped alone
-                loss.sum().backward()
-            optimizer.step()
-            values = loss.tolist()
-            if not all(map(math.isfinite, values)):
-                raise FloatingPointError(f"the loss of step {step + 1} is not a finite number")
-            for i, value in zip(active, values, strict=True):
-                losses[i].append(value)
-            shown = clean.index_copy(0, rows, guide(clean[rows], empty.detach(), settings.guidance))
-            report(step, update, sum(values) / len(values), shown, x)
-            stop = settings.tolerance + 2e-5 * step
-            active = [i for i in active if losses[i][-1] >= stop]
-            if not active:
-                break
-        learned = torch.cat(leaves).detach()
-        with torch.no_grad():
-            empty = denoise(x, high, learned, torch.arange(pictures, device=x.device))
-            x = step_down(x, guide(clean, empty, settings.guidance), high, low)
+            clean = denoise(progress.x, levels[step])
+        start = progress.nulls[-1] if settings.warm and len(progress) else null
+        learned, x, losses = learn_step(
+            settings, denoise, step, levels[step], levels[step + 1], progress.x, latents[step + 1], clean, start, report
+        )
         progress = Progress([*progress.nulls, learned], x, [*progress.losses, losses])
         yield progress
+
+
+def learn_step(settings, denoise, step, high, low, x, goal, clean, start, report):
+    """One step of :func:`learn`, from sigma ``high`` to ``low``: (embeddings (B, T, C), the x it lands on, losses).
+
+    ``x`` and ``goal`` (B, C, h, w) are where it stands and where it should land, ``clean`` the prediction under the
+    source's text, ``start`` (B, T, C) where learning begins.
+    """
+    leaves = [start[i : i + 1].clone().requires_grad_() for i in range(len(x))]
+    optimizer = torch.optim.Adam(leaves, lr=settings.rate * (1 - step / 100))
+    losses = [[] for _ in leaves]
+    active = list(range(len(x)))
+    for update in range(settings.inner):
+        rows = torch.tensor(active, device=x.device)
+        with torch.enable_grad():
+            empty = denoise(x[rows], high, torch.cat([leaves[i] for i in active]), rows)
+            landed = step_down(x[rows], guide(clean[rows], empty, settings.guidance), high, low)
+            loss = (landed - goal[rows]).square().flatten(1).mean(1) / (1 + low**2)
+            optimizer.zero_grad()  # to None, so that Adam leaves pictures that have stopped alone
+            loss.sum().backward()
+        optimizer.step()
+        values = loss.tolist()
+        if not all(map(math.isfinite, values)):
+            raise FloatingPointError(f"the loss of step {step + 1} is not a finite number")
+        for i, value in zip(active, values, strict=True):
+            losses[i].append(value)
+        shown = clean.index_copy(0, rows, guide(clean[rows], empty.detach(), settings.guidance))
+        report(step, update, sum(values) / len(values), shown, x)
+        stop = settings.tolerance + 2e-5 * step
+        active = [i for i in active if losses[i][-1] >= stop]
+        if not active:
+            break
+    learned = torch.cat(leaves).detach()
+    with torch.no_grad():
+        empty = denoise(x, high, learned, torch.arange(len(x), device=x.device))
+        x = step_down(x, guide(clean, empty, settings.guidance), high, low)
+    return learned, x, losses

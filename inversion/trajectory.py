@@ -6,6 +6,46 @@ import torch
 
 
 @dataclass(frozen=True, eq=False)
+class LearnedWords:
+    """Words of ``prompt`` whose vectors were learned anew at each step: their ``words`` and the ``positions`` of their
+    tokens in the text embedding, a tuple each; ``vectors``, text encoder's name -> (S, B, R, width), fp32, what it
+    reads for the R tokens of all words in order.
+    """
+
+    prompt: str
+    words: tuple
+    positions: tuple
+    vectors: dict
+
+    def by_position(self):
+        """The vectors as text encoder's name -> token position -> (S, B, width)."""
+        tokens = [p for at in self.positions for p in at]
+        return {name: dict(zip(tokens, rows.unbind(2), strict=True)) for name, rows in self.vectors.items()}
+
+    def word(self, text, step, picture):
+        """The vectors of one word, text encoder's name -> (pieces, width), of a 0-based ``step`` or, where it is None,
+        their mean over steps. ``text`` "" means the first. Raises ValueError for what is not there."""
+        text = text.strip() or self.words[0]
+        if text not in self.words:
+            raise ValueError(
+                f'The word "{text}" is none of those that were learned: {", ".join(self.words)}; choose one of them in '
+                "Attune Save Learned Word."
+            )
+        steps, pictures = next(iter(self.vectors.values())).shape[:2]
+        for name, value, count in (("step", step or 0, steps), ("picture", picture, pictures)):
+            if value >= count:
+                raise ValueError(
+                    f"The {name} is {value}, but the TRAJECTORY has {count}, counted from 0; choose another in Attune "
+                    "Save Learned Word."
+                )
+        at, found = self.words.index(text), {}
+        for name, rows in self.by_position().items():
+            pieces = torch.stack([rows[p][:, picture] for p in self.positions[at]], 1)
+            found[name] = pieces.mean(0) if step is None else pieces[step]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """``sigmas`` (S+1,) run from noise to picture; ``latents`` (S+1, B, C, h, w) are fp32 on the CPU, in the model's
     own scale (the host's latent times the format's factor), where x = x0 + sigma * eps.
@@ -14,8 +54,8 @@ class Trajectory:
     itself. ``header`` says what made it, in values that JSON holds: model (see :func:`host.describe_model`), method,
     options, prompt. ``conditioning`` is the stock list that it was made under, ``negative`` the one of the empty or
     negative text where one took part. ``nulls`` (S, B or 1, T, C), fp32, hold what stands in the negative's place at
-    each step, if that was learned; ``windows`` (S+1,) are then the shares of the model's schedule between which each
-    holds.
+    each step, if that was learned, and ``learned`` the vectors of words, if they were; ``windows`` (S+1,) are then the
+    shares of the model's schedule between which each holds.
     """
 
     sigmas: torch.Tensor
@@ -26,6 +66,7 @@ class Trajectory:
     negative: list = field(default_factory=list)
     nulls: torch.Tensor | None = None
     windows: tuple = ()
+    learned: LearnedWords | None = None
 
     @property
     def noise(self):

@@ -1,16 +1,16 @@
-"""Null-text inversion on a MODEL, whose work outlives a Cancel: it is kept in a file of the host's temporary folder."""
+"""Learning on a MODEL whose work outlives a Cancel: it is kept in a file of the host's temporary folder."""
 
+import contextlib
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import host, null_text
+from . import dynamic_prompt, host, null_text
 from .file import fingerprint
-from .null_text import Progress
 
 log = logging.getLogger("attune")
 
@@ -21,67 +21,147 @@ def learn(model, trajectory, negative, settings, node_id=None):
     Goes on from where an earlier run on the same trajectory, model and settings was stopped; the result is the same as
     without the stop. Raises ValueError for a model without gradients or a loss that is not finite.
     """
-    text = negative[0][0]
-    parts = [asdict(settings), host.describe_patches(model), trajectory.header, trajectory.sigmas, trajectory.latents]
-    path = host.unfinished_path(fingerprint(*parts, trajectory.conditioning[0][0], text))
-    steps = len(trajectory.sigmas) - 1
-    last = None
+    text, steps = negative[0][0], len(trajectory.sigmas) - 1
+    positive = [tensor for tensor, _ in trajectory.conditioning]
+    key = [asdict(settings), *_identity(model, trajectory), *positive, text]
+    run = _Run(
+        "Null-text inversion", "learning_rate in Attune Null-Text Inversion", null_text.Progress, key, steps, node_id
+    )
 
-    def body(denoise, start, report):
-        nonlocal last
+    def body(network, start, report):
         latents = trajectory.latents.clone().to(start)
-        last = found(path, latents.device) or null_text.begin(latents)
-        if last.nulls:
-            note(f"going on from step {len(last.nulls) + 1} of {steps}, where an earlier run was stopped")
+        run.begin(null_text.begin(latents), latents.device)
 
         def tell(step, update, loss, clean, x):
             report(step * settings.inner + update, clean, x)
             host.say(node_id, f"step {step + 1} of {steps}, update {update + 1}: loss {loss:.2e}")
 
         null = text.clone().to(latents)
-        for progress in null_text.learn(settings, denoise, trajectory.sigmas, latents, null, last, tell):
-            last = progress
-        return last
-
-    def note(what):
-        log.info("Null-text inversion: %s.", what)
-        host.say(node_id, what)
+        learning = null_text.learn(settings, network.denoise, trajectory.sigmas, latents, null, run.last, tell)
+        return run.follow(learning)
 
     picture = host.host_latent(trajectory, -1)
-    try:
+    with run.kept():
         done = host.learn(model, trajectory.conditioning, negative, picture, steps * settings.inner, body)
-    except FloatingPointError as problem:
-        raise ValueError(
-            f"Null-text inversion broke down: {problem}; lower learning_rate in Attune Null-Text Inversion."
-        ) from problem
-    except BaseException:
-        if last is not None and last.nulls:
-            try:
-                keep(last, path)
-                note(f"stopped after step {len(last.nulls)} of {steps}; the same settings go on from there")
-            except OSError as problem:  # a full disk must not hide why the run stopped
-                note(f"stopped after step {len(last.nulls)} of {steps}, which could not be kept ({problem})")
-        raise
-    path.unlink(missing_ok=True)
     flat = [loss for pictures in done.losses for losses in pictures for loss in losses]
-    note(f"{len(flat)} updates in {steps} steps, last loss {flat[-1]:.2e}")
+    run.note(f"{len(flat)} updates in {steps} steps, last loss {flat[-1]:.2e}")
     return torch.stack(done.nulls).float().cpu()
+
+
+def learn_words(model, clip, trajectory, texts, start, task, encode, look, settings, nulls, node_id=None):
+    """The :class:`dynamic_prompt.Progress` of learning what ``task`` says from the vectors ``start`` on.
+
+    ``texts`` are the prompt's and the empty text's CONDITIONING, ``encode(picture, vectors)`` a picture's prompt,
+    (1, T, C) with a gradient, ``look(run)`` the cross-attention of the pass that ``run()`` makes; the rest is as for
+    :func:`dynamic_prompt.learn`. Resumes as :func:`learn` does, and raises the same.
+    """
+    steps = len(trajectory.sigmas) - 1
+    positive, negative = texts
+    outside = [mask for mask in task.outside if mask is not None]
+    key = [
+        asdict(settings), nulls and asdict(nulls), *_identity(model, trajectory), positive[0][0], negative[0][0],
+        [task.nouns, list(task.grid)], *start.values(), *outside,
+    ]  # fmt: skip
+    run = _Run("Dynamic prompt learning", "rate in Attune Dynamic Prompt", dynamic_prompt.Progress, key, steps, node_id)
+    updates = settings.inner + (nulls.inner if nulls else 0)
+    picture = host.host_latent(trajectory, -1)
+
+    def body(network, latent, report):
+        latents = trajectory.latents.clone().to(latent)
+        run.begin(dynamic_prompt.begin(latents, task), latents.device)
+        shown = latents[0]
+
+        def text(picture, vectors):
+            return encode(picture, vectors).to(latents)
+
+        def tell(step, update, losses, clean, x):
+            nonlocal shown
+            shown = shown if clean is None else clean
+            done = update + (settings.inner if "null-text" in losses else 0)
+            report(step * updates + done, shown, x)
+            parts = ", ".join(f"{name} {value:.2e}" for name, value in losses.items())
+            host.say(node_id, f"step {step + 1} of {steps}, update {update + 1}: {parts}")
+
+        def clean(x, sigma, texts, rows):
+            return network.denoise(x, sigma, texts, rows, "positive")
+
+        functions = dynamic_prompt.Network(
+            text, lambda *at: network.differentiable(look(lambda: clean(*at))), clean, network.denoise
+        )
+        here = replace(task, outside=[mask if mask is None else mask.to(latents) for mask in task.outside])
+        begun = {name: v.clone().to(latents) for name, v in start.items()}
+        null = negative[0][0].clone().to(latents)
+        learning = dynamic_prompt.learn(
+            settings, nulls, here, functions, trajectory.sigmas, latents, begun, null, run.last, tell
+        )
+        return run.follow(learning)
+
+    with run.kept():
+        done = host.learn(model, positive, negative, picture, steps * updates, body, clip)
+    count = sum(len(picture) for step in done.losses for picture in step)
+    run.note(f"{count} looks at the maps of the words in {steps} steps")
+    return done
+
+
+def _identity(model, trajectory):
+    return host.describe_patches(model), trajectory.header, trajectory.sigmas, trajectory.latents
+
+
+class _Run:
+    """One learning of ``steps`` steps: what it has so far, and the file that keeps it where it ends early."""
+
+    def __init__(self, name, remedy, kind, key, steps, node_id):
+        self.name, self.remedy, self.kind, self.steps, self.node_id = name, remedy, kind, steps, node_id
+        self.path = host.unfinished_path(fingerprint(*key))
+        self.last = None
+
+    def begin(self, fresh, device):
+        self.last = found(self.path, self.kind, device) or fresh
+        if len(self.last):
+            self.note(f"going on from step {len(self.last) + 1} of {self.steps}, where an earlier run was stopped")
+
+    def follow(self, learning):
+        for progress in learning:
+            self.last = progress
+        return self.last
+
+    def note(self, what):
+        log.info("%s: %s.", self.name, what)
+        host.say(self.node_id, what)
+
+    @contextlib.contextmanager
+    def kept(self):
+        """In it, what is learned is kept where it ends early; the file is gone where it ends well."""
+        try:
+            yield
+        except FloatingPointError as problem:
+            raise ValueError(f"{self.name} broke down: {problem}; lower {self.remedy}.") from problem
+        except BaseException:
+            if self.last is not None and len(self.last):
+                stopped = f"stopped after step {len(self.last)} of {self.steps}"
+                try:
+                    keep(self.last, self.path)
+                    self.note(f"{stopped}; the same settings go on from there")
+                except OSError as problem:  # a full disk must not hide why the run stopped
+                    self.note(f"{stopped}, which could not be kept ({problem})")
+            raise
+        self.path.unlink(missing_ok=True)
 
 
 def keep(progress, path):
     """Writes ``progress`` to ``path``; a file that is there already is replaced in one go."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    tensors = {"nulls": torch.stack(progress.nulls).cpu(), "x": progress.x.cpu().contiguous()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in progress.tensors().items()}
     save_file(tensors, part, {"losses": json.dumps(progress.losses)})
     part.replace(path)
 
 
-def found(path, device="cpu"):
-    """The :class:`null_text.Progress` in ``path``, or None where there is none or it cannot be read."""
+def found(path, kind, device="cpu"):
+    """The Progress of a ``kind`` in ``path``, or None where there is none or it cannot be read."""
     try:
         with safe_open(path, "pt") as file:
-            nulls, x = file.get_tensor("nulls").to(device), file.get_tensor("x").to(device)
-            return Progress(list(nulls), x, json.loads(file.metadata()["losses"]))
+            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+            return kind.restored(tensors, json.loads(file.metadata()["losses"]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None

@@ -1,5 +1,6 @@
 """What a user sees: schemas, checks of arguments, one call below. One file per family, no maths."""
 
-from . import demo, edit, invert, mask, self_attention, trajectory, view
+from . import demo, edit, invert, mask, self_attention, tokens, trajectory, view
 
-NODES = [*invert.NODES, *trajectory.NODES, *edit.NODES, *self_attention.NODES, *mask.NODES, *view.NODES, *demo.NODES]
+FAMILIES = (invert, trajectory, edit, self_attention, mask, tokens, view, demo)
+NODES = [node for family in FAMILIES for node in family.NODES]

@@ -133,8 +133,28 @@ def source_of(model, clip, trajectory, prompt, node_id):
     host.check_unet(model)
     check_same_model(trajectory, runs.describe_model(model))
     warn_of_another_caption(trajectory, prompt, node_id)
-    conditioning = host.encode(clip, prompt)
+    conditioning = text_of(clip, trajectory, prompt)
     return Reference("source", trajectory.sigmas, trajectory.latents, conditioning, trajectory.steps)
+
+
+def kept_vectors(clip, trajectory, prompt):
+    """What the trajectory has learned for words that the prompt holds too: text encoder's name -> position in this
+    prompt -> (S, B, width); {} where there is nothing."""
+    learned = trajectory.learned
+    if learned is None:
+        return {}
+    found = align(host.read_words(clip, learned.prompt), host.read_words(clip, prompt)).tolist()
+    kept = {
+        name: {at: own[source] for at, source in enumerate(found) if source in own}
+        for name, own in learned.by_position().items()
+    }
+    return kept if any(kept.values()) else {}
+
+
+def text_of(clip, trajectory, prompt):
+    """A prompt's CONDITIONING in which the words that the trajectory has learned keep what was learned."""
+    vectors = kept_vectors(clip, trajectory, prompt)
+    return host.encode_steps(clip, prompt, vectors, trajectory.windows) if vectors else host.encode(clip, prompt)
 
 
 def edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_limit, word_windows, preserve):
@@ -165,7 +185,7 @@ def edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_li
         word_windows=own,
         token_limit=token_limit,
     )
-    return io.NodeOutput(host.install(model, [reference], [controller]), host.encode(clip, prompts[1]))
+    return io.NodeOutput(host.install(model, [reference], [controller]), text_of(clip, trajectory, prompts[1]))
 
 
 # ---- nodes -------------------------------------------------------------------------------------------------------
@@ -317,7 +337,7 @@ class AttunePromptReweight(io.ComfyNode):
                 token_limit=token_limit,
             )
             controllers.insert(0, own)
-        return io.NodeOutput(host.install(model, [source], controllers), host.encode(clip, prompt))
+        return io.NodeOutput(host.install(model, [source], controllers), text_of(clip, trajectory, prompt))
 
 
 class AttuneLocalBlend(io.ComfyNode):
@@ -420,7 +440,7 @@ class AttuneLocalBlend(io.ComfyNode):
             start=start,
             level=tokens,
         )
-        return io.NodeOutput(host.install(model, [reference], blends=[one]), host.encode(clip, target_prompt))
+        return io.NodeOutput(host.install(model, [reference], blends=[one]), text_of(clip, trajectory, target_prompt))
 
 
 def _where(words, source, target):

@@ -234,7 +234,8 @@ class AttuneNullTextInversion(io.ComfyNode):
         check_same_model(trajectory, host.describe_model(model))
         check_whole(trajectory, "Attune Null-Text Inversion")
         one_text(negative, "negative")
-        one_text(trajectory.conditioning, "trajectory's")
+        if trajectory.learned is None:  # with learned words there is one text a step
+            one_text(trajectory.conditioning, "trajectory's")
         settings = null_text.NullText(guidance, inner_steps, learning_rate, early_stop, warm_start)
         learned = unfinished.learn(model, trajectory, negative, settings, schema.node_id(cls))
         header = {

@@ -19,7 +19,7 @@ from ..attention_patches.words import read_list
 from ..inversion import host as runs
 from ..inversion.trajectory import check_same_model, one_text
 from . import schema
-from .edit import edit_outputs, share, source_inputs, source_of
+from .edit import edit_outputs, share, source_inputs, source_of, text_of
 
 TARGET = "a blue circle on a gray background"
 EVERY, ONCE = "every step and layer", "once for all steps"
@@ -132,7 +132,7 @@ class AttuneFreePromptEditing(io.ComfyNode):
             layers=read_layers(layers, "Attune Free Prompt Editing"),
         )
         host.check_layers(model, controller.layers, "layers", "Attune Free Prompt Editing", first=1)
-        return io.NodeOutput(host.install(model, [reference], [controller]), host.encode(clip, target_prompt))
+        return io.NodeOutput(host.install(model, [reference], [controller]), text_of(clip, trajectory, target_prompt))
 
 
 class AttuneMutualSelfAttention(io.ComfyNode):
@@ -251,7 +251,7 @@ class AttuneMutualSelfAttention(io.ComfyNode):
             threshold=threshold,
         )
         host.check_layers(model, [layer], "layer", "Attune Mutual Self-Attention")
-        return io.NodeOutput(host.install(model, references, [controller]), host.encode(clip, target_prompt))
+        return io.NodeOutput(host.install(model, references, [controller]), text_of(clip, trajectory, target_prompt))
 
 
 class AttuneContextPreserving(io.ComfyNode):
@@ -383,7 +383,7 @@ class AttuneContextPreserving(io.ComfyNode):
             refinement=refinement and refinement.for_prompt(read),
         )
         reference = null_source(model, clip, trajectory)
-        return io.NodeOutput(host.install(model, [reference], [controller]), host.encode(clip, target_prompt))
+        return io.NodeOutput(host.install(model, [reference], [controller]), text_of(clip, trajectory, target_prompt))
 
 
 REGIONS = range(1, 5)

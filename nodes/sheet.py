@@ -13,6 +13,7 @@ INKS = ((250, 204, 21), (96, 165, 250), (244, 114, 182), (74, 222, 128))  # of c
 GAP, PAPER, INK, FAINT = 8, (24, 24, 27), (228, 228, 231), (161, 161, 170)
 SMALL, WIDTH = 12, 1100  # pixels: the smallest lettering, and how wide a sheet of many tiles gets
 MOST = 600  # maps on one sheet
+LEARNING_LOSSES = ("balance", "disjoint", "background", "null-text")  # those with thresholds first
 
 
 def to_pil(picture):
@@ -66,7 +67,11 @@ def _stacked(rows):
 
 def rows_of(tiles, columns):
     """Tiles in rows from left to right, on one sheet."""
-    return _stacked([tiles[i : i + columns] for i in range(0, len(tiles), columns)])
+    return _stacked(_rows(tiles, columns))
+
+
+def _rows(tiles, columns):
+    return [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
 
 
 def _in_runs(tiles, run, columns):
@@ -205,6 +210,57 @@ def cluster_sheet(labels, count, grid, side=192):
     return from_pil(rows_of(tiles, _even(len(tiles), max(1, WIDTH // (side + GAP)))))
 
 
+def background_sheet(labels, owners, scores, names, grid, masks, side=192):
+    """IMAGE (1, H, W, 3): clusters (h * w) as colours, each by itself with its owner and how much every noun agrees
+    with it, and the masks (1 + W, H, W), the background's and each noun's.
+
+    ``owners`` (V,) are numbers of ``names``, -1 for the background; ``scores`` (W, V).
+    """
+    labels, count = labels.unflatten(0, grid), len(owners)
+    colors = torch.tensor([_color(i, count) for i in range(count)])
+    tiles = [_labelled(_tokens(colors[labels], side), "all parts", 16, 96)]
+    for i, (color, owner) in enumerate(zip(colors, owners.tolist(), strict=True)):
+        mine = (labels == i).float()
+        agree = ", ".join(f"{name} {float(score):.2f}" for name, score in zip(names, scores[:, i], strict=True))
+        whose = "background" if owner < 0 else names[owner]
+        tiles.append(_labelled(_tokens(mine[..., None] * color, side), f"{whose}\n{agree}", 16, 96))
+    columns = max(1, WIDTH // (side + GAP))
+    shown = [
+        _labelled(_tokens(mask, side), f"mask of {name}", 16, 96)
+        for name, mask in zip(("background", *names), masks, strict=True)
+    ]
+    rows = [row for part in (tiles, shown) for row in _rows(part, _even(len(part), columns))]
+    return from_pil(_stacked(rows))
+
+
+def learning_sheet(seen, names, losses, settings, side=128):
+    """IMAGE (B, H, W, 3) of what Dynamic Prompt Learning did: where nouns looked before and after, and its losses.
+
+    ``seen`` (2, B, W, h, w) are the nouns' maps under the words as they were and as learned; ``losses`` those of a
+    ``dynamic_prompt.Progress``, ``settings`` its settings.
+    """
+    limits = [settings.thresholds(i, len(losses)) for i in range(len(losses))]
+    sheets = []
+    for picture in range(seen.shape[1]):
+        tiles = []
+        for word, name in enumerate(names):
+            pair = seen[:, picture, word]
+            for map_, when in zip(pair / pair.amax().clamp(min=1e-12), ("before", "after"), strict=True):
+                tile = _enlarged(map_, side, Image.Resampling.BICUBIC)
+                tiles.append(_labelled(tile, f"{name}\n{when}", 16, 96))
+        rows = _rows(tiles, 2 * _even(len(names), max(1, WIDTH // (2 * (side + GAP)))))
+        width = max(480, sum(tile.width + GAP for tile in rows[0]) - GAP)
+        for number, kind in enumerate(LEARNING_LOSSES):
+            each = [[one[kind] for one in step[picture] if kind in one] for step in losses]
+            if all(each):
+                curves = {"at first": [v[0] for v in each], "at last": [v[-1] for v in each]}
+                if number < len(limits[0]):
+                    curves["threshold"] = [limit[number] for limit in limits]
+                rows.append([_labelled(plot(curves, width, 120, 1e-9), f"{kind} loss, step by step", 14)])
+        sheets.append(from_pil(_stacked(rows)))
+    return torch.cat(sheets)
+
+
 def _percent(share):
     return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"
 
@@ -267,12 +323,15 @@ def _centred(tile, width):
     return out
 
 
-def plot(curves, width, height=180):
-    """A Pillow picture of ``curves``, name to a list of values of 0 or more: steps to the right, percent upward."""
+def plot(curves, width, height=180, least=0.05):
+    """A Pillow picture of ``curves``, name to a list of values of 0 or more: steps to the right, percent upward.
+
+    It reaches up to the greatest value, or to ``least`` if that is more.
+    """
     font, left, bottom, top = ImageFont.load_default(12), 52, 20, 8
     out = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(out)
-    highest = max(0.05, *(max(values) for values in curves.values())) * 1.05
+    highest = max(least, *(max(values) for values in curves.values())) * 1.05
     for share in (0, 0.5, 1):
         y = height - bottom - share * (height - bottom - top)
         draw.line((left, y, width - 8, y), (63, 63, 70))

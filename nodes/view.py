@@ -11,6 +11,7 @@ from ..attention_patches.words import read_list
 from ..inversion import host as runs
 from ..inversion.trajectory import Trajectory, check_same_model
 from . import schema, sheet
+from .edit import kept_vectors, text_of
 
 STEPS_AVERAGE, STEPS_EACH = "average", "each"
 STEPS = (STEPS_AVERAGE, STEPS_EACH)
@@ -60,7 +61,10 @@ class AttuneAttentionMaps(io.ComfyNode):
                 schema.Trajectory.Input(
                     "trajectory",
                     optional=True,
-                    tooltip="The picture to look into, from an Attune inversion or recorder. Or connect a latent.",
+                    tooltip=(
+                        "The picture to look into, from an Attune inversion or recorder. Or connect a latent. Words "
+                        "that Attune Dynamic Prompt has learned are shown as they were and as learned."
+                    ),
                 ),
                 io.String.Input(
                     "prompt",
@@ -205,22 +209,30 @@ class AttuneAttentionMaps(io.ComfyNode):
         if mask_word.strip():
             masked = mask_word.strip(), read.positions([mask_word])
             shown += [masked] * (masked[1] not in [p for _, p in shown])
-        gathered = maps.MapSum([positions for _, positions in shown])
+        names, positions = zip(*shown, strict=True)
+        choice = layer if layer >= 0 else layers, tokens, steps == STEPS_EACH, len(trajectory.sigmas) - 1
 
-        def receive(place, own, heads):
-            if place.kind == "cross":
-                gathered.add(place, own, heads)
+        def gather(conditioning):
+            gathered = maps.MapSum(positions)
 
-        def before(step, _):
-            gathered.step = step
+            def receive(place, own, heads):
+                if place.kind == "cross":
+                    gathered.add(place, own, heads)
 
-        look(model, host.encode(clip, prompt), trajectory, every, receive, before)
-        found = gathered.collect(
-            [word for word, _ in shown], layer if layer >= 0 else layers, tokens, steps == STEPS_EACH,
-            len(trajectory.sigmas) - 1,
-        )  # fmt: skip
+            def before(step, _):
+                gathered.step = step
+
+            look(model, conditioning, trajectory, every, receive, before)
+            return gathered.collect(names, *choice)
+
+        found = gather(host.encode(clip, prompt))
+        number = positions.index(masked[1])
+        if kept := kept_vectors(clip, trajectory, prompt):
+            learned = set().union(*kept.values())
+            which = [i for i, at in enumerate(positions) if learned & set(at)]
+            found = maps.beside(found, gather(text_of(clip, trajectory, prompt)), which, "learned")
+            number += sum(i < number for i in which) + (number in which)  # of a learned word, what was learned
         size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
-        number = [positions for _, positions in shown].index(masked[1])
         mask = maps.mask_of(found, number, size, threshold, grow, feather)
         return io.NodeOutput(sheet.map_sheet(found, maps.stretch), found, mask)
 

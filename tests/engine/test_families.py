@@ -151,9 +151,10 @@ def test_null_text(family):
         text, extras = negative[0]
         own = [[text[rows], {"pooled_output": extras["pooled_output"][rows]}]]
 
-        def body(denoise, start, report):
+        def body(network, start, report):
             path, null = latents[:, rows].clone(), own[0][0].clone()
-            *_, last = null_text.learn(settings, denoise, sigmas, path, null, null_text.begin(path), lambda *_: 0)
+            first = null_text.begin(path)
+            *_, last = null_text.learn(settings, network.denoise, sigmas, path, null, first, lambda *_: 0)
             return torch.stack(last.nulls), last.losses
 
         return runs.learn(model, conditioning(1, "x"), own, latents[-1, rows], 1, body)

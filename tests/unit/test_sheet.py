@@ -167,3 +167,115 @@ def test_three_components_make_a_colour_picture(count):
     assert out.shape[2] == -(-tiles // rows) * (192 + sheet.GAP) + sheet.GAP
     corner = out[0, sheet.GAP : sheet.GAP + 192, sheet.GAP : sheet.GAP + 192]
     assert (float(corner.std(-1).max()) > 0.05) == (count >= 3)
+
+
+# ---- backgrounds and learned words -------------------------------------------------------------------------------
+
+
+def tile(out, column, row_top, side):
+    """A tile's picture on a sheet (1, H, W, 3)."""
+    x = sheet.GAP + column * (side + sheet.GAP)
+    return out[0, row_top : row_top + side, x : x + side]
+
+
+def test_a_background_sheet_shows_parts_owners_and_masks():
+    labels = torch.tensor([0] * 8 + [1] * 6 + [2] * 2)
+    scores = torch.tensor([[0.02, 0.7, 0.1], [0.05, 0.3, 0.6]])
+    masks = torch.zeros(3, 64, 64)
+    masks[0, :32] = 1
+    masks[2, 60:] = 1
+    out = sheet.background_sheet(labels, torch.tensor([-1, 0, 1]), scores, ("cat", "dog"), (4, 4), masks)
+    top, colors = sheet.GAP, [torch.tensor(sheet._color(i, 3)) for i in range(3)]
+    whole = tile(out, 0, top, 192)
+    for y, part in ((10, 0), (130, 1), (150, 1)):
+        assert torch.allclose(whole[y, 10], colors[part], atol=0.01)
+    assert torch.allclose(whole[-10, -10], colors[2], atol=0.01)
+    for i, lit in enumerate(((10, 10), (130, 10), (-10, -10))):
+        part = tile(out, 1 + i, top, 192)
+        assert torch.allclose(part[lit], colors[i], atol=0.01)
+        assert int((part.amax(-1) > 0.05).sum()) == int((labels == i).sum()) * 48 * 48
+    one = sheet._labelled(Image.new("RGB", (192, 192)), "background\ncat 0.02, dog 0.05", 16, 96)
+    label = (np.asarray(one)[192:] / 255.0).astype(np.float32)
+    assert np.allclose(out[0, top + 192 : top + one.height, sheet.GAP + 200 : sheet.GAP + 392], label, atol=1e-3)
+    below = top + one.height + sheet.GAP
+    for column, share in enumerate((0.5, 0.0, 4 / 64)):
+        assert float(tile(out, column, below, 192).mean()) == pytest.approx(share, abs=0.02)
+    named = sheet._labelled(Image.new("RGB", (192, 192)), "mask of dog", 16, 96)
+    label = (np.asarray(named)[192:] / 255.0).astype(np.float32)
+    assert np.allclose(out[0, below + 192 : below + named.height, sheet.GAP + 400 : sheet.GAP + 592], label, atol=1e-3)
+
+
+class Settings:
+    """As DynamicPrompt, whose thresholds are all that is asked of it."""
+
+    def thresholds(self, step, steps):
+        return 0.3 - 0.1 * step, 0.9, 0.7
+
+
+def learned(pictures=2, kinds=("balance", "disjoint", "background"), words=2, steps=3):
+    losses = [
+        [[{kind: 0.9 - 0.1 * look for kind in kinds} for look in range(4)] for _ in range(pictures)]
+        for _ in range(steps)
+    ]
+    return torch.rand(2, pictures, words, 8, 8), losses
+
+
+def lines(out, color):
+    return int(((out * 255).round() == torch.tensor(color, dtype=torch.float)).all(-1).sum())
+
+
+def test_a_learning_sheet_has_before_and_after_and_a_curve_for_each_loss():
+    seen, losses = learned()
+    seen[0, :, :, :, :4] *= 0.01
+    out = sheet.learning_sheet(seen, ("cat", "dog"), losses, Settings())
+    assert out.shape[0] == 2 and not torch.equal(out[0], out[1])
+    for column in range(4):
+        map_ = tile(out, column, sheet.GAP, 128)
+        dark = map_[:, :48].mean() < 0.2 * map_[:, 80:].mean()
+        assert bool(dark) == (column % 2 == 0)  # before, after, before, after
+    one = sheet._labelled(Image.new("RGB", (128, 128)), "cat\nafter", 16, 96)
+    label = (np.asarray(one)[128:] / 255.0).astype(np.float32)
+    x = sheet.GAP + 136
+    assert np.allclose(out[0, sheet.GAP + 128 : sheet.GAP + one.height, x : x + 128], label, atol=1e-3)
+    plain = sheet.learning_sheet(*learned(kinds=())[:1], ("cat", "dog"), learned(kinds=())[1], Settings())
+    row = (out.shape[1] - plain.shape[1]) / 3
+    assert row == int(row) > 120
+    all_ = sheet.learning_sheet(
+        seen, ("cat", "dog"), learned(kinds=("balance", "disjoint", "background", "null-text"))[1], Settings()
+    )
+    assert all_.shape[1] == plain.shape[1] + 4 * row
+    # Null-text inversion has no threshold here, the three others have.
+    first, last, limit = sheet.INKS[:3]
+    assert lines(all_[:1], limit) == lines(out[:1], limit) > 300
+    assert lines(all_[:1], first) > 1.2 * lines(out[:1], first) and lines(plain[:1], first) == 0
+
+
+def test_the_pair_of_a_word_has_one_scale():
+    """So that a map that has become fainter looks fainter."""
+    seen, losses = learned(1)
+    seen[1, 0, 0] = 0.25 * seen[0, 0, 0]
+    out = sheet.learning_sheet(seen, ("cat", "dog"), losses, Settings())
+    before, after = (tile(out, column, sheet.GAP, 128).mean() for column in range(2))
+    assert float(after / before) == pytest.approx(0.25, abs=0.02)
+    assert float(tile(out, 0, sheet.GAP, 128).max()) > 0.95
+    black = sheet.learning_sheet(0 * seen, ("cat", "dog"), losses, Settings())
+    assert float(tile(black, 0, sheet.GAP, 128).max()) == 0
+
+
+def test_losses_that_only_some_steps_have_are_left_out():
+    seen, losses = learned(1, kinds=("background",))
+    whole = sheet.learning_sheet(seen, ("cat", "dog"), losses, Settings())
+    losses[1][0] = []
+    assert sheet.learning_sheet(seen, ("cat", "dog"), losses, Settings()).shape[1] < whole.shape[1]
+
+
+def test_a_plot_of_small_values_is_not_flat():
+    """Null-text inversion's losses are near 1e-5."""
+    values = {"loss": [1e-5, 5e-6, 1e-6]}
+
+    def height(least):
+        ink = (np.asarray(sheet.plot(values, 320, 180, least)) == sheet.INKS[0]).all(-1)[:, 150:]
+        rows = np.nonzero(ink.any(1))[0]
+        return rows.max() - rows.min()
+
+    assert height(1e-9) > 60 and height(0.05) < 6

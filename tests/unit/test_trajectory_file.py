@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from attune.inversion import file
-from attune.inversion.trajectory import Trajectory, negative_of, one_text, step_conditioning
+from attune.inversion.trajectory import LearnedWords, Trajectory, negative_of, one_text, step_conditioning
 
 HEADER = {"family": "SD15", "latent_format": "SD15", "prediction": "EPS", "weights": [0.5, 1.0], "method": "ddim"}
 
@@ -26,6 +26,17 @@ def made(nulls=True):
         torch.tensor([10.0, 3.0, 1.0, 0.0]), torch.randn(4, 2, 4, 3, 5), 3, HEADER, text, text,
         torch.randn(3, 2, 7, 5) if nulls else None, (0.0, 0.25, 0.5, 1.0) if nulls else (),
     )  # fmt: skip
+
+
+WORDS = ("cat", "dog")
+POSITIONS = ((2,), (5, 6))
+
+
+def with_words(nulls=True):
+    """With two words, one of two tokens, learned in two text encoders for two pictures at three steps."""
+    vectors = {"l": torch.randn(3, 2, 3, 4), "g": torch.randn(3, 2, 3, 5)}
+    windows = (0.0, 0.25, 0.5, 1.0)
+    return replace(made(nulls), learned=LearnedWords("a cat and a dog", WORDS, POSITIONS, vectors), windows=windows)
 
 
 @pytest.fixture
@@ -56,6 +67,55 @@ def test_the_same_again(tmp_path, nulls):
         ((a, with_a),), ((b, with_b),) = getattr(ours, name), getattr(back, name)
         assert torch.equal(a, b) and torch.equal(with_a["pooled_output"], with_b["pooled_output"])
         assert with_b["attune_prompt"] == "a cat"
+
+
+@pytest.mark.parametrize("nulls", [True, False])
+def test_learned_words_survive_a_file(tmp_path, nulls):
+    path = tmp_path / "t.trajectory.safetensors"
+    ours = with_words(nulls)
+    file.save(ours, path, {})
+    back = file.load(path)
+    a, b = ours.learned, back.learned
+    assert (a.prompt, a.words, a.positions) == (b.prompt, b.words, b.positions) and a.vectors.keys() == b.vectors.keys()
+    assert all(torch.equal(a.vectors[n], b.vectors[n]) for n in a.vectors)
+    assert back.windows == ours.windows and (back.nulls is None) != nulls
+
+
+def test_a_file_without_learned_words_is_as_old_packs_wrote_it(tmp_path):
+    """So that these packs still read it; one with learned words they must refuse, since they would lose them."""
+    for trajectory, number in ((made(), 1), (with_words(), 2)):
+        path = tmp_path / "t.trajectory.safetensors"
+        file.save(trajectory, path, {})
+        with safe_open(path, "pt") as opened:
+            about = json.loads(opened.metadata()["attune"])
+        assert about["format"] == number and ("learned" in about) == (number == 2)
+
+
+def test_the_vectors_of_a_word():
+    learned = with_words().learned
+    rows = learned.by_position()
+    assert rows.keys() == {"l", "g"} and list(rows["l"]) == [2, 5, 6]
+    for name, vectors in learned.vectors.items():
+        for row, position in enumerate((2, 5, 6)):
+            assert torch.equal(rows[name][position], vectors[:, :, row])
+        assert torch.equal(learned.word("dog", 2, 1)[name], vectors[2, 1, 1:])
+        assert torch.equal(learned.word("cat", 0, 0)[name], vectors[0, 0, :1])
+        assert torch.allclose(learned.word("dog", None, 1)[name], vectors[:, 1, 1:].sum(0) / 3)
+        assert torch.equal(learned.word(" ", 1, 0)[name], vectors[1, 0, :1])  # the first
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("bird", 0, 0), 'The word "bird" is none of those that were learned: cat, dog;'),
+        (("cat", 3, 0), "The step is 3, but the TRAJECTORY has 3, counted from 0;"),
+        (("cat", None, 2), "The picture is 2, but the TRAJECTORY has 2, counted from 0;"),
+    ],
+)
+def test_a_word_that_was_not_learned(asked, said):
+    with pytest.raises(ValueError) as error:
+        with_words().learned.word(*asked)
+    assert str(error.value).startswith(said) and str(error.value).endswith("in Attune Save Learned Word.")
 
 
 def test_one_plain_safetensors_file(saved):
@@ -116,7 +176,7 @@ def setting(kind, name, value):
 
 
 FORGED = {
-    "newer": (setting("about", "format", 2), "written by a newer Attune.*update the Attune pack"),
+    "newer": (setting("about", "format", file.FORMAT + 1), "written by a newer Attune.*update the Attune pack"),
     "no format": (setting("about", "format", "x"), "unreadable header"),
     "nan": (setting("tensor", "latents", torch.full((4, 2, 4, 3, 5), float("nan"))), 'in "latents" that are no finite'),
     "infinite null": (setting("tensor", "nulls", torch.full((3, 2, 7, 5), float("inf"))), "no finite"),
@@ -131,6 +191,61 @@ FORGED = {
     "windows": (setting("about", "windows", [0.0, 0.9, 0.5, 1.0]), "one null embedding"),
     "text": (setting("about", "negative", "x"), "no readable negative"),
 }
+
+
+def telling(**changes):
+    """Forges what is said about learned words."""
+
+    def change(tensors, about):
+        about["learned"] = {**about["learned"], **changes}
+
+    return change
+
+
+def without(kind, name):
+    return lambda tensors, about: (tensors if kind == "tensor" else about).pop(name)
+
+
+def no_vectors(tensors, about):
+    for name in ("learned.l", "learned.g"):
+        tensors.pop(name)
+
+
+ONE_EACH = "one vector for each token of its learned words"
+FORGED_WORDS = {
+    "newer": (setting("about", "format", file.FORMAT + 1), "written by a newer Attune"),
+    "nothing said": (without("about", "learned"), ONE_EACH),
+    "something else said": (setting("about", "learned", "x"), ONE_EACH),
+    "a list said": (setting("about", "learned", []), ONE_EACH),
+    "no vectors": (no_vectors, ONE_EACH),
+    "no prompt": (telling(prompt=None), ONE_EACH),
+    "words and positions": (telling(words=["cat"]), ONE_EACH),
+    "a word that is a number": (telling(words=["cat", 3]), ONE_EACH),
+    "words in no list": (telling(words=None), ONE_EACH),
+    "a word without tokens": (telling(positions=[[2, 5, 6], []]), ONE_EACH),
+    "fewer tokens": (telling(positions=[[2], [5]]), ONE_EACH),
+    "the start token": (telling(positions=[[0], [5, 6]]), ONE_EACH),
+    "half a token": (telling(positions=[[2.5], [5, 6]]), ONE_EACH),
+    "true for a token": (telling(positions=[[True], [5, 6]]), ONE_EACH),
+    "a text for tokens": (telling(positions=["2", "56"]), ONE_EACH),
+    "too few steps": (setting("tensor", "learned.l", torch.zeros(2, 2, 3, 4)), ONE_EACH),
+    "other pictures": (setting("tensor", "learned.g", torch.zeros(3, 1, 3, 5)), ONE_EACH),
+    "other tokens": (setting("tensor", "learned.g", torch.zeros(3, 2, 4, 5)), ONE_EACH),
+    "no width": (setting("tensor", "learned.l", torch.zeros(3, 2, 3)), ONE_EACH),
+    "infinite": (setting("tensor", "learned.l", torch.full((3, 2, 3, 4), float("inf"))), 'in "learned.l" that are no'),
+    "no windows": (setting("about", "windows", []), "at which steps its learned words hold"),
+    "falling windows": (setting("about", "windows", [0.0, 0.9, 0.5, 1.0]), "at which steps its learned words hold"),
+    "no conditioning": (setting("about", "conditioning", []), "at which steps its learned words hold"),
+}
+
+
+@pytest.mark.parametrize("forged", FORGED_WORDS)
+def test_learned_words_that_contradict_themselves_are_refused(tmp_path, forged):
+    path = tmp_path / "t.trajectory.safetensors"
+    file.save(with_words(nulls=False), path, {})
+    change, said = FORGED_WORDS[forged]
+    rewritten(path, change)
+    refused(path, said)
 
 
 @pytest.mark.parametrize("forged", FORGED)

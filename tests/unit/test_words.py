@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attune.attention_patches.alignment import align, refine_map, swap_map
-from attune.attention_patches.words import CHUNK, group_words, read_factors, read_list, read_stretches
+from attune.attention_patches.words import CHUNK, group_words, read_braces, read_factors, read_list, read_stretches
 
 
 def tokens(*words):
@@ -124,6 +124,48 @@ def test_what_is_no_pair_is_quoted(text):
         read_factors(text)
     with pytest.raises(ValueError, match="is not a word and its share"):
         read_stretches(text)
+
+
+def test_nouns_in_braces():
+    assert read_braces("a {cat} and a {dog}") == ("a cat and a dog", [("cat", 2), ("dog", 12)])
+    assert read_braces("({cat}:1.2) {cat}s") == ("(cat:1.2) cats", [("cat", 1), ("cat", 10)])
+    assert read_braces("{ red  cat\n}") == (" red  cat\n", [("red  cat", 0)])
+
+
+@given(st.lists(st.tuples(st.booleans(), st.text("ab :,()", min_size=1)), min_size=1))
+def test_what_stands_in_braces_is_found_where_it_stands(parts):
+    text = "".join("{" + part + "}" if marked else part for marked, part in parts)
+    wanted, plain = [], ""
+    for marked, part in parts:
+        if marked:
+            wanted.append((part.strip(), len(plain)))
+        plain += part
+    if wanted and all(noun for noun, _ in wanted):
+        assert read_braces(text) == (plain, wanted)
+    else:
+        with pytest.raises(ValueError, match="braces"):
+            read_braces(text)
+
+
+@pytest.mark.parametrize("text", ["a {cat", "a cat}", "a {{cat}}", "a {cat} {", "{}", "{ }", "}{", "a {b {c} d}"])
+def test_braces_that_do_not_match(text):
+    with pytest.raises(ValueError) as error:
+        read_braces(text)
+    said = str(error.value)
+    assert f'"{text}" do not match' in said and 'such as "a {cat} and a {dog}"' in said and said.endswith("node.")
+
+
+@pytest.mark.parametrize("text", ["", "a cat"])
+def test_a_prompt_without_braces(text):
+    with pytest.raises(ValueError) as error:
+        read_braces(text)
+    said = str(error.value)
+    assert f'"{text}" marks no noun' in said and 'such as "a {cat} and a {dog}"' in said and said.endswith("node.")
+
+
+def test_words_are_counted():
+    read = tokens("a", "cat", "and", "a", "c|at", "on", "a", "cat", "-", "fish")
+    assert [read.count(word) for word in ("cat", "a cat", "cat-fish", "fish", "dog", "")] == [3, 3, 1, 1, 0, 0]
 
 
 def counterparts(source, target):
