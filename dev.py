@@ -37,6 +37,8 @@ ROOT = Path(__file__).resolve().parent
 HOME = ROOT / ".host"
 PINS = ROOT / "tests" / "requirements.txt"
 ROOMS = ("unit", "engine", "server")
+# What runs beside the other rooms when all are asked for, so that both halves take about as long.
+BESIDE = ("tests/server", "tests/engine/test_editing_parity.py", "tests/engine/test_self_parity.py")
 SCRIPTS = {"train": "demo.train", "score": "demo.measure", "bench": "benchmark.inversion"}
 BENCHES = {
     "edits": "benchmark.editing", "self-edits": "benchmark.self_editing", "cost": "benchmark.cost",
@@ -106,21 +108,23 @@ def test(rest):
     rooms = [room for room in rooms or ROOMS if (ROOT / "tests" / room).is_dir()]
     chosen = tools(oldest="server" in rooms)
     require(chosen, "pytest", "hypothesis", "psutil")
-    if "server" in rooms and len(rooms) > 1 and not passed_on:
+    if set(rooms) == set(ROOMS) and not passed_on:
         return test_side_by_side(chosen, [room for room in rooms if room != "server"])
     return hand_over(chosen, ["-m", "pytest", *(f"tests/{room}" for room in rooms), *passed_on])
 
 
 def test_side_by_side(chosen, rooms):
-    """The server room beside the others, since neither fills the machine alone; its report comes behind theirs."""
+    """The server room and some of the engine's beside the others, since neither fills the machine alone; their report
+    comes behind."""
     threads = str(max(1, (os.cpu_count() or 2) // 2))
     environment = {**os.environ, **chosen.variables, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
     run = {"cwd": ROOT, "env": environment}
     pytest = [chosen.python, "-m", "pytest"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as report:
-        beside = subprocess.Popen([*pytest, "tests/server"], stdout=report, stderr=subprocess.STDOUT, **run)
+        beside = subprocess.Popen([*pytest, *BESIDE], stdout=report, stderr=subprocess.STDOUT, **run)
         try:
-            ended = subprocess.call([*pytest, *(f"tests/{room}" for room in rooms)], **run), beside.wait()
+            here = [f"tests/{room}" for room in rooms] + [f"--ignore={path}" for path in BESIDE]
+            ended = subprocess.call([*pytest, *here], **run), beside.wait()
         except BaseException:
             beside.terminate()
             beside.wait()

@@ -118,7 +118,7 @@ class MapSum:
 
 
 def beside(found, other, which, name):
-    """A :class:`WordMaps` in which each word whose number is in ``which`` is followed by ``other``'s, under ``name``."""
+    """A :class:`WordMaps` in which ``other``'s word, under ``name``, follows each whose number is in ``which``."""
     order = [pair for i in range(len(found.words)) for pair in [(found, i)] + [(other, i)] * (i in which)]
     words = tuple(one.words[i] if one is found else f"{one.words[i]}, {name}" for one, i in order)
     layers = range(len(found.maps))

@@ -9,7 +9,8 @@ It runs on a GPU where there is one, else on the CPU. Logs, sample sheets and ch
 
 The UNet's recipe: epsilon prediction on SD's schedule, min-SNR-5 weights, squared error weighted on the objects,
 offset noise (or the background would be read off the noise), and a small loss that keeps a word's cross-attention
-on its object. The maps are therefore supervised, and the model card says so.
+on its object. The maps are therefore supervised, and the model card says so. With ``--variant NAME`` every stage keeps
+to a folder and a file of its own.
 """
 
 import argparse
@@ -39,6 +40,7 @@ log = logging.getLogger("attune.train")
 SIDE = scenes.SIZE // 8
 CONTEXT = 77
 START, END = 49406, 49407
+SUPERVISED = "supervised: a loss keeps the cross-attention of nouns and adjectives on their objects"
 
 
 def draw_batch(rng, count):
@@ -350,8 +352,8 @@ def export(args):
         "command": args.made_by or "dev.py train " + " ".join(sys.argv[1:]),
         "seed": str(args.seed), "steps": str(state["step"]),
         "minutes": f"{state['minutes']:.0f}", "host": "ComfyUI 0.3.75, torch " + torch.__version__,
-        "attention": "supervised: a loss keeps the cross-attention of nouns and adjectives on their objects",
-        "quality": card.read_text() if card.exists() else "not measured yet",
+        "attention": SUPERVISED if args.attention else "not supervised",
+        "quality": card.read_text() if card.exists() and not args.variant else "not measured yet",
     }  # fmt: skip
     out = HERE / "weights" / ("_".join(filter(None, ("attune_demo", args.variant))) + ".safetensors")
     out.parent.mkdir(exist_ok=True)

@@ -348,9 +348,7 @@ class AttuneNegativePromptInversion(io.ComfyNode):
     def execute(cls, trajectory):
         check_whole(trajectory, "Attune Negative-Prompt Inversion")
         header = {**trajectory.header, "method": "negative-prompt"}
-        learned = replace(
-            trajectory, header=header, negative=trajectory.conditioning, nulls=None, windows=()
-        )  # fmt: skip
+        learned = replace(trajectory, header=header, negative=trajectory.conditioning, nulls=None)
         return io.NodeOutput(learned, negative_of(learned))
 
 
