@@ -362,9 +362,11 @@ def drawn(bench, model, positive, trajectory):
 
 
 def mark(picture, goal, what, source, truth, masks):
-    """Both right, the share that is, dB outside, dB and SSIM with the truth. ``masks`` (2, H, W) are the source's."""
+    """Both right, the share that is, dB outside both pictures' objects, dB and SSIM with the truth. ``masks`` (2, H, W)
+    are the source's."""
     right = [told(picture, thing, what, mask) for thing, mask in zip(goal.things, masks, strict=True)]
-    off = torch.nn.functional.max_pool2d(masks.amax(0)[None], 9, 1, 4)[0] == 0
+    either = torch.cat([masks, torch.from_numpy(scenes.render(goal)[1])]).amax(0)
+    off = torch.nn.functional.max_pool2d(either[None], 9, 1, 4)[0] == 0
     outside = decibels((picture - source).square()[off][None])
     whole = decibels((picture - truth).square()[None])
     return all(right), float(np.mean(right)), outside, whole, structural_similarity(picture[None], truth[None])
