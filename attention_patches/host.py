@@ -39,7 +39,7 @@ from .reference import Spec
 from .refinement import Found
 from .values import QKV, Place, apply_map, attention_map
 from .watch import Lookout
-from .words import CHUNK, group_words, read_braces
+from .words import CHUNK, group_words, read_braces, stands_alone
 
 KEY = "attune"  # of the spec in transformer_options and of our wrappers
 RUN = "attune_run"  # in transformer_options while sampling: what this run has gathered
@@ -92,9 +92,15 @@ def read_nouns(clip, text):
     prompt, marked = read_braces(text)
     read, nouns = read_words(clip, prompt), []
     for noun, start in marked:
+        found = read.find(noun)
+        if not stands_alone(prompt, noun, start):
+            raise ValueError(
+                f'The braces around "{noun}" cut a word of the prompt "{prompt}", but only whole words are learned; '
+                "put them around the word on the Attune node."
+            )
         # Of two nouns that are the same word, the one that stands there is meant.
         before = read_words(clip, prompt[:start]).count(noun)
-        nouns.append((noun, read.find(noun)[before]))
+        nouns.append((noun, found[before]))
     return prompt, nouns
 
 

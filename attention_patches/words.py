@@ -42,7 +42,7 @@ class Tokens:
         if not found:
             raise ValueError(
                 f'The word "{word}" is not in the prompt "{self.prompt}", whose words are: '
-                f"{', '.join(w.text for w in self.words)}. Change the word or the prompt on the Attune node."
+                f"{', '.join(w.text for w in self.words)}; change the word or the prompt on the Attune node."
             )
         return found
 
@@ -168,3 +168,11 @@ def read_braces(text):
         f'The braces in the prompt "{text}" do not match; put each noun in a pair of its own, such as "a {{cat}} and a '
         '{dog}", on the Attune node.'
     )
+
+
+def stands_alone(prompt, noun, start):
+    """Whether ``noun``, which stands in ``prompt`` from ``start`` on or behind spaces there, is not part of a word."""
+    start = prompt.index(noun, start)
+    end = start + len(noun)
+    edges = prompt[max(0, start - 1) : start + 1], prompt[end - 1 : end + 1]
+    return not any(len(edge) == 2 and edge.isalpha() for edge in edges)

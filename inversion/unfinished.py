@@ -98,7 +98,7 @@ def learn_words(model, clip, trajectory, texts, start, task, encode, look, setti
 
     with run.kept():
         done = host.learn(model, positive, negative, picture, steps * updates, body, clip)
-    count = sum(len(picture) for step in done.losses for picture in step)
+    count = sum("null-text" not in look for step in done.losses for picture in step for look in picture)
     run.note(f"{count} looks at the maps of the words in {steps} steps")
     return done
 

@@ -143,10 +143,12 @@ def kept_vectors(clip, trajectory, prompt):
     learned = trajectory.learned
     if learned is None:
         return {}
-    found = align(host.read_words(clip, learned.prompt), host.read_words(clip, prompt)).tolist()
+    ours, theirs = host.read_words(clip, learned.prompt), host.read_words(clip, prompt)
+    found, words = align(ours, theirs).tolist(), {word.positions for word in ours.words}
+    # Other words may share a token, such as the end of "squirrelfish" and "fish".
+    same = [p for word in theirs.words if tuple(found[p] for p in word.positions) in words for p in word.positions]
     kept = {
-        name: {at: own[source] for at, source in enumerate(found) if source in own}
-        for name, own in learned.by_position().items()
+        name: {at: own[found[at]] for at in same if found[at] in own} for name, own in learned.by_position().items()
     }
     return kept if any(kept.values()) else {}
 

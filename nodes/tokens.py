@@ -1,5 +1,6 @@
 """Words that are learned anew for one picture, so that they look at their objects: Dynamic Prompt Learning."""
 
+import re
 from dataclasses import asdict, replace
 
 import torch
@@ -462,6 +463,11 @@ class AttuneSaveLearnedWord(io.ComfyNode):
         if trajectory.learned is None:
             raise ValueError(
                 "The TRAJECTORY holds no learned words; connect Attune Dynamic Prompt to Attune Save Learned Word."
+            )
+        if re.search(r"[\s,:()]", filename_prefix):
+            raise ValueError(
+                f'The filename_prefix "{filename_prefix}" holds a space, a bracket, a comma or a colon, at which a '
+                "prompt would end the word's name; leave them out in Attune Save Learned Word."
             )
         vectors = trajectory.learned.word(word, None if step < 0 else step, picture)
         text = runs.save_embedding(filename_prefix, vectors)

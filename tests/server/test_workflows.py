@@ -17,7 +17,8 @@ REAL = "Attune - Word swap on a real image"
 SAVE, LOAD = "Attune - Save and reuse a trajectory", "Attune - Edit a saved trajectory"
 SHEETS = {
     "contact sheet", "attention maps", "inversion report", "maps layer by layer", "maps step by step", "self-attention",
-    "clusters", "compare", "masks step by step",
+    "clusters", "compare", "masks step by step", "parts of the picture", "learning report",
+    "learned and original words",
 }  # fmt: skip
 BLENDED = {"blend mask", "with local blend"}  # in a random network words look everywhere, so there the mask is white
 BACK = {"reconstruction", "pinned source"}  # should look like the source
@@ -48,6 +49,14 @@ TITLES = {
     "Attune - Seeing attention": (
         "maps layer by layer, maps step by step, mask of a word, self-attention, clusters, edit inside the mask, "
         "compare"
+    ),
+    "Attune - Dynamic prompt learning": (
+        "parts of the picture, learning report, drawn again, with learned words, with the words as they were, "
+        "contact sheet"
+    ),
+    "Attune - Learned and original words": (
+        "parts of the picture, learning report, learned and original words, new picture with the saved word, "
+        "new picture with the word as it was, contact sheet"
     ),
     "Attune - Record and edit a generated picture": "source, word swap, without attention control, contact sheet",
     "Attune - Start an edit part of the way": "reconstruction, edit, contact sheet",
@@ -141,9 +150,19 @@ def prepare(name: str, server: host.Server, change=lambda prompt: prompt):
         server.run(change(workflow.load(SAVE)))
 
 
+def quick(prompt: dict) -> dict:
+    """Where words are learned, a few of the steps and updates: the minutes that they take as shipped show no more."""
+    if any(node["class_type"] == workflow.LEARNING for node in prompt.values()):
+        for node in prompt.values():
+            for name, few in {"steps": 4, "inner_steps": 2, "null_steps": 2}.items():
+                if isinstance(node["inputs"].get(name), int):
+                    node["inputs"][name] = few
+    return prompt
+
+
 def run_and_look(name: str, server: host.Server):
     prepare(name, server)
-    pictures = pictures_of(workflow.load(name), server)
+    pictures = pictures_of(quick(workflow.load(name)), server)
     assert set(pictures) == set(TITLES[name].split(", "))
     # The stand-in for Stable Diffusion hardly hears words; what the pictures show is looked at in the demo world.
     side, least = (workflow.SIDE, 1) if name == workflow.DEMO else (512, 0)
@@ -258,6 +277,27 @@ def seen(pictures, source):
     assert psnr(pictures["edit inside the mask"][outside], source[outside]) > 30
 
 
+def is_green(picture):
+    return picture[..., 1] - picture[..., ::2].max(-1) > 40
+
+
+def learned(pictures, source):
+    """Of two things alike each takes its own new colour, which without learning both take of one word."""
+    circle, square = (one.mask for one in sorted(checker.look(source / 255)[1], key=lambda one: one.shape))
+    new, plain = pictures["with learned words"], pictures["with the words as they were"]
+    assert min(overlap(is_yellow(new), circle), overlap(is_green(new), square)) > 0.8
+    assert overlap(is_yellow(plain), circle) < 0.5 and overlap(is_green(plain), square) < 0.2
+    again = pictures["drawn again"]
+    assert overlap(is_red(again), circle | square) > 0.85 and psnr(again, source) > 23
+
+
+def saved_word(pictures, _):
+    new, plain = (pictures[f"new picture with the {which}"] for which in ("saved word", "word as it was"))
+    for picture in (new, plain):
+        assert checker.look(picture / 255)[0] == "white" and is_red(picture).mean() > 0.03
+    assert abs(new - plain).mean() > 1, "it is the word as it was"
+
+
 def sees(picture, thing):
     return thing in {f"{found.color} {found.shape}" for found in checker.look(picture / 255)[1]}
 
@@ -343,6 +383,8 @@ def by_region(pictures, _):
 
 
 SHOWN = {
+    "Attune - Dynamic prompt learning": learned,
+    "Attune - Learned and original words": saved_word,
     "Attune - Free prompt editing": prompt_edited,
     "Attune - Mutual self-attention": same_thing,
     "Attune - Replace an object": replaced,
@@ -362,9 +404,11 @@ SHOWN = {
 @pytest.mark.parametrize("name", [name for name in TITLES if name not in (workflow.DEMO, REAL)])
 def test_it_does_what_it_says_in_the_demo_world(name, server):
     prepare(name, server, workflow.in_the_demo_world)
-    pictures = pictures_of(workflow.in_the_demo_world(workflow.load(name)), server)
+    prompt = workflow.load(name)
+    scene = workflow.scene(workflow.caption_of(prompt))
+    pictures = pictures_of(workflow.in_the_demo_world(prompt), server)
     pictures = {title: picture.astype(float) for title, picture in pictures.items()}
-    source = pictures.get("source", workflow.scene())
+    source = pictures.get("source", scene)
     for title in BACK & set(pictures):
         good = psnr(pictures[title], source)
         assert good > 29, f"{title}: {good:.1f} dB"

@@ -64,6 +64,7 @@ def was_cached(entry):
 
 SOURCE = "a red circle and a blue square on a gray background"
 TARGET = "a yellow circle and a blue square on a gray background"
+ALIKE = "a red circle and a red square on a gray background"  # either word looks at both things
 SEED, SIDE = 3, 128
 IN_THE_DEMO = {  # what the workflows say, and what is said in its place
     "a drawing of a girl in a pink dress on a green hill": SOURCE,
@@ -89,6 +90,13 @@ IN_THE_DEMO = {  # what the workflows say, and what is said in its place
     "a photograph of a red apple and a green pear on a wooden table": (
         "a red circle and a yellow star on a gray background"
     ),
+    "a girl in a pink dress on a green hill": ALIKE,
+    "a girl in a {pink dress} on a {green hill}": "a {red circle} and a {red square} on a gray background",
+    "a girl in a red dress on a snowy hill": "a yellow circle and a green square on a gray background",
+    "pink dress, green hill": "red circle, red square",
+    "pink dress": "red circle",
+    "pink dress on a wooden table": "red circle on a white background",
+    "on a wooden table": "on a white background",
     "dress": "circle",
     "girl": "circle",
     "jumping girl": "star",
@@ -100,41 +108,52 @@ IN_THE_DEMO = {  # what the workflows say, and what is said in its place
     "snowy: 0": "green: 0",
     "": "",
 }
-BY_SELF_ATTENTION = {"AttuneFreePromptEditing", "AttuneMutualSelfAttention", "AttuneContextPreserving"}
+LEARNING = "AttuneDynamicPrompt"
+AT_GUIDANCE_2 = {"AttuneFreePromptEditing", "AttuneMutualSelfAttention", "AttuneContextPreserving", LEARNING}
 WRITTEN = {
     "value", "text", "source_prompt", "target_prompt", "prompt", "words", "mask_word", "inside", "outside", "preserve",
-    "weights", "word_windows", "source_words", "target_words", "prompt_1", "prompt_2", "prompt_3", "prompt_4",
+    "weights", "word_windows", "source_words", "target_words", "prompt_1", "prompt_2", "prompt_3", "prompt_4", "word",
+    "string_b",
 }  # fmt: skip
 
 
 def in_the_demo_world(prompt: dict) -> dict:
     """The same workflow on the demo model and a picture with a known answer."""
-    edits = {node["class_type"] for node in prompt.values()}
+    edits, caption = {node["class_type"] for node in prompt.values()}, caption_of(prompt)
     for node in prompt.values():
         kind, inputs = node["class_type"], node["inputs"]
         if kind == "CheckpointLoaderSimple":
             node.update(class_type="AttuneDemoCheckpoint", inputs={})
         elif kind == "LoadImage":
-            node.update(class_type="AttuneDemoScene", inputs={"caption": SOURCE, "seed": SEED, "size": SIDE})
+            node.update(class_type="AttuneDemoScene", inputs={"caption": caption, "seed": SEED, "size": SIDE})
         elif kind in ("ImageScale", "EmptyLatentImage"):
             inputs.update(width=SIDE, height=SIDE)
         elif kind == "AttunePromptSwap" and inputs["self_end"]:
             inputs["self_end"] = 0.8
-        elif kind == "SamplerCustom" and edits & BY_SELF_ATTENTION:
+        elif kind == "SamplerCustom" and edits & AT_GUIDANCE_2:
             inputs["cfg"] = 2.0  # what suits the demo model's edits
+        elif kind == "AttuneDDIMInversion" and LEARNING in edits:
+            inputs["steps"] = 8
+        elif kind == LEARNING:  # few updates, and large ones
+            inputs.update(guidance=2.0, inner_steps=3, learning_rate=0.01, background_weight=4.0, null_steps=1)
         elif kind == "AttuneMaskStrategy":
             inputs["grow"] = inputs["grow"] * SIDE // 512
         elif kind == "AttuneLoadTrajectory":
-            inputs["file"] = "demo " + inputs["file"]
+            inputs["file"] = "demo_" + inputs["file"]
         for name in WRITTEN & set(inputs):
             if isinstance(inputs[name], str):
                 inputs[name] = IN_THE_DEMO[inputs[name]]
         if "filename_prefix" in inputs:
-            inputs["filename_prefix"] = "demo " + inputs["filename_prefix"]
+            inputs["filename_prefix"] = "demo_" + inputs["filename_prefix"]
     return prompt
 
 
-def scene() -> np.ndarray:
+def caption_of(prompt: dict) -> str:
+    """Of the picture that a workflow works on there."""
+    return ALIKE if any(node["class_type"] == LEARNING for node in prompt.values()) else SOURCE
+
+
+def scene(caption: str = SOURCE) -> np.ndarray:
     """The picture that such a workflow works on, as floats in 0..255."""
-    picture = scenes.render(scenes.scene_from_caption(SOURCE, np.random.default_rng(SEED)), SIDE)[0]
+    picture = scenes.render(scenes.scene_from_caption(caption, np.random.default_rng(SEED)), SIDE)[0]
     return 255.0 * picture

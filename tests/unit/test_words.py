@@ -4,7 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attune.attention_patches.alignment import align, refine_map, swap_map
-from attune.attention_patches.words import CHUNK, group_words, read_braces, read_factors, read_list, read_stretches
+from attune.attention_patches.words import (
+    CHUNK,
+    group_words,
+    read_braces,
+    read_factors,
+    read_list,
+    read_stretches,
+    stands_alone,
+)
 
 
 def tokens(*words):
@@ -147,7 +155,9 @@ def test_what_stands_in_braces_is_found_where_it_stands(parts):
             read_braces(text)
 
 
-@pytest.mark.parametrize("text", ["a {cat", "a cat}", "a {{cat}}", "a {cat} {", "{}", "{ }", "}{", "a {b {c} d}"])
+@pytest.mark.parametrize(
+    "text", ["a {cat", "a cat}", "a {{cat}}", "a {cat} {", "{{cat}", "a {b {c} d", "{}", "{ }", "}{", "a {b {c} d}"]
+)
 def test_braces_that_do_not_match(text):
     with pytest.raises(ValueError) as error:
         read_braces(text)
@@ -161,6 +171,15 @@ def test_a_prompt_without_braces(text):
         read_braces(text)
     said = str(error.value)
     assert f'"{text}" marks no noun' in said and 'such as "a {cat} and a {dog}"' in said and said.endswith("node.")
+
+
+def test_a_noun_that_is_part_of_a_word():
+    for text in ("a {cat}", "{cat}", "({cat}:1.2)", "a cat-{cat}", "a {cat}, red", "two {cats}", "a{ cat }b"):
+        prompt, ((noun, start),) = read_braces(text)
+        assert stands_alone(prompt, noun, start), text
+    for text in ("two {cat}s", "a tom{cat}", "s{cat}ter", "the cat and the {cat}s"):
+        prompt, ((noun, start),) = read_braces(text)
+        assert not stands_alone(prompt, noun, start), text
 
 
 def test_words_are_counted():
