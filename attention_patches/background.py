@@ -26,16 +26,20 @@ def owners(scores, threshold):
     """Whose each cluster is, (V,): the noun that agrees with it most, or NOBODY's where none is above ``threshold``.
     And what is unusual about it, a sentence or "".
 
-    Where no cluster is background, the one that the nouns agree with least becomes it; where all of them are, each
-    noun is given the one that it agrees with most.
+    Where no cluster is background, the one that the nouns agree with least becomes it; where all of them are, the nouns
+    are given one each, best agreement first, and at least one stays background.
     """
     best, noun = scores.max(0)
     found = torch.where(best > threshold, noun, NOBODY)
     if (found == NOBODY).all():
-        found[scores.argmax(1)] = torch.arange(len(scores))
+        free = scores.clone()
+        for _ in range(min(len(scores), len(found) - 1)):
+            number, part = divmod(int(free.argmax()), len(found))
+            found[part] = number
+            free[number], free[:, part] = -1, -1
         return found, (
-            f"No noun agrees with any part of the picture above {threshold:g}, so each was given the part that it "
-            "agrees with most; lower the threshold."
+            f"No noun agrees with any part of the picture above {threshold:g}, so they were given the parts that they "
+            "agree with most; lower the threshold."
         )
     if not (found == NOBODY).any():
         found[best.argmin()] = NOBODY

@@ -221,7 +221,9 @@ def install(model, references, controllers=(), blends=()):
     known = {r.name: r for r in spec.references}
     for reference in references:
         other = known.setdefault(reference.name, reference)
-        if not torch.equal(other.latents, reference.latents) or _prompt(other) != _prompt(reference):
+        # A trajectory with learned words gives one text a step.
+        same = _prompt(other) == _prompt(reference) and len(other.conditioning) == len(reference.conditioning)
+        if not same or not torch.equal(other.latents, reference.latents):
             raise ValueError(
                 f'The MODEL already carries an edit whose "{reference.name}" is another TRAJECTORY or prompt; chained '
                 "edits share both, so give the same TRAJECTORY and source prompt to each Attune edit node, and put "

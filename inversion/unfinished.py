@@ -62,7 +62,8 @@ def learn_words(model, clip, trajectory, texts, start, task, encode, look, setti
         asdict(settings), nulls and asdict(nulls), *_identity(model, trajectory), positive[0][0], negative[0][0],
         [task.nouns, list(task.grid)], *start.values(), *outside,
     ]  # fmt: skip
-    run = _Run("Dynamic prompt learning", "rate in Attune Dynamic Prompt", dynamic_prompt.Progress, key, steps, node_id)
+    remedy = "learning_rate or null_learning_rate in Attune Dynamic Prompt"
+    run = _Run("Dynamic prompt learning", remedy, dynamic_prompt.Progress, key, steps, node_id)
     updates = settings.inner + (nulls.inner if nulls else 0)
     picture = host.host_latent(trajectory, -1)
 

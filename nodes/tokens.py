@@ -221,7 +221,8 @@ class AttuneDynamicPrompt(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "One mask a noun, in the order of the prompt: each noun may then look nowhere but there. Tells "
-                        "two nouns that are the same word apart. A black one leaves its noun to the background."
+                        "two nouns that are the same word apart; raise background_weight to 1 or more for it. A black "
+                        "one leaves its noun to the background."
                     ),
                 ),
                 *_loss_inputs("balance", "every noun fills a place of its own", 1.0, 0.3, 25.0),
@@ -244,7 +245,10 @@ class AttuneDynamicPrompt(io.ComfyNode):
                     max=10.0,
                     step=1e-3,
                     round=1e-5,
-                    tooltip="Size of the words' updates. Too high, and words lose their meaning and edits fail.",
+                    tooltip=(
+                        "Size of the words' updates. Too high, and words lose their meaning and edits fail. The "
+                        "papers' value suits CLIP's vectors; the demo checkpoint's are larger and want 0.01."
+                    ),
                 ),
                 io.Combo.Input(
                     "optimizer",

@@ -112,3 +112,16 @@ def test_a_noun_keeps_to_its_own_place():
     assert [f.tolist() for f in bare] == [[[0.0, 0.75, 1.0, 1.0], [0.0] * 4]] * 2
     mixed = forbidden(BACKGROUND, OWN[:2], 2, 2)
     assert mixed[1].tolist() == [[0.0, 0.75, 1.0, 1.0], BACKGROUND[1].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("scores", "whose"),
+    [
+        ([[0.1, 0.0, 0.0], [0.1, 0.05, 0.0]], [0, 1, NOBODY]),  # both agree most with the first part
+        ([[0.05, 0.0, 0.01], [0.1, 0.02, 0.0]], [1, NOBODY, 0]),
+        ([[0.1, 0.0], [0.0, 0.1]], [0, NOBODY]),  # a background there must be
+    ],
+)
+def test_where_all_is_background_each_noun_gets_a_part_of_its_own(scores, whose):
+    found, said = owners(torch.tensor(scores), 0.9)
+    assert found.tolist() == whose and "lower the threshold" in said
