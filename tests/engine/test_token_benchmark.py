@@ -8,25 +8,23 @@ from attune.benchmark import dynamic_prompt as benchmark
 from attune.demo import scenes
 
 
-@pytest.mark.parametrize("number", range(3), ids=benchmark.KINDS)
-def test_scenes_leak_in_their_way_and_were_never_shown(number):
-    drawn = benchmark.draw_scenes(9, 0, benchmark.TEST)[number::3]
-    for one in drawn:
+def test_scenes_leak_in_their_way_and_were_never_shown():
+    for i, one in enumerate(benchmark.draw_scenes(6, 0, benchmark.TEST)):
         first, second = one.things
         assert scenes.is_held_out(one) and (first.color, first.shape) != (second.color, second.shape)
-        assert (first.color == second.color) if number == 0 else True
-        assert (first.shape == second.shape) if number == 1 else True
-        assert (one.texture > 0.1) == (number == 2)
+        assert i % 3 != 0 or first.color == second.color
+        assert i % 3 != 1 or first.shape == second.shape
+        assert (one.texture > 0.1) == (i % 3 == 2)
 
 
 def test_parts_draw_other_scenes_and_a_seed_the_same():
     captions = [
-        {scenes.caption(s) for s in benchmark.draw_scenes(12, 0, part)}
+        {scenes.caption(s) for s in benchmark.draw_scenes(5, 0, part)}
         for part in (benchmark.TUNING, benchmark.TEST, benchmark.SWAPS)
     ]
-    again = {scenes.caption(s) for s in benchmark.draw_scenes(12, 0, benchmark.TUNING)}
+    again = {scenes.caption(s) for s in benchmark.draw_scenes(5, 0, benchmark.TUNING)}
     assert captions[0] == again
-    assert all(len(a & b) < 3 for i, a in enumerate(captions) for b in captions[:i])
+    assert all(len(a & b) < 2 for i, a in enumerate(captions) for b in captions[:i])
 
 
 def test_overlap_counts_pixels():
@@ -62,7 +60,7 @@ def test_summary_compares_each_method_at_its_own_best():
 def test_the_truth_passes_and_the_source_does_not(what):
     rng = np.random.default_rng(3)
     right = wrong = 0
-    for source in benchmark.draw_scenes(6, 0, benchmark.SWAPS):
+    for source in benchmark.draw_scenes(4, 0, benchmark.SWAPS):
         goal = benchmark.exchanged(source, what, rng)
         (truth, _), (before, masks) = scenes.render(goal), scenes.render(source)
         truth, before, masks = torch.from_numpy(truth), torch.from_numpy(before), torch.from_numpy(masks)
@@ -71,4 +69,4 @@ def test_the_truth_passes_and_the_source_does_not(what):
             wrong += benchmark.told(before, thing, what, mask)
         _, _, outside, whole, similar = benchmark.mark(truth, goal, what, before, truth, masks)
         assert whole == pytest.approx(100) and similar == pytest.approx(1, abs=1e-4) and outside > 25
-    assert right >= 10 and wrong == 0
+    assert right >= 7 and wrong == 0
