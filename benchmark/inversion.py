@@ -108,13 +108,15 @@ class Clock:
     def running(self):
         begun = []
 
+        def kind():
+            return "with gradient" if torch.is_grad_enabled() else "no gradient"
+
         def before(_, args):
+            self.rows[kind()] += len(args[0])
             begun.append(time.perf_counter())
 
-        def after(_, args, out):
-            kind = "with gradient" if torch.is_grad_enabled() else "no gradient"
-            self.rows[kind] += len(args[0])
-            self.seconds[kind] += time.perf_counter() - begun.pop()
+        def after(_, args, out):  # not called where a pass ends early, which counts as a whole one
+            self.seconds[kind()] += time.perf_counter() - begun.pop()
 
         handles = [self.unet.register_forward_pre_hook(before), self.unet.register_forward_hook(after)]
         start = time.perf_counter()
