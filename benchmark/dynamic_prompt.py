@@ -273,7 +273,7 @@ def draw_curves(curves, path, width=640, height=400):
         pen.line((left, y, right, y), (63, 63, 70))
         pen.text((6, y - 6), f"{i / 5 * highest:.2f}", (228, 228, 231))
         pen.text((x - 8, bottom + 8), f"{i / 5:.1f}", (228, 228, 231))
-    for number, ((name, values), ink) in enumerate(zip(curves.items(), INKS, strict=True)):
+    for number, ((name, values), ink) in enumerate(zip(curves.items(), INKS, strict=False)):
         xs = [left + i / (len(values) - 1) * (right - left) for i in range(len(values))]
         ys = [bottom - v / highest * (bottom - top) for v in values]
         pen.line(list(zip(xs, ys, strict=True)), ink, 2)
