@@ -234,8 +234,8 @@ class AttuneDynamicPrompt(io.ComfyNode):
                     min=1,
                     max=500,
                     tooltip=(
-                        "Most looks at the words' maps at each step, with an update after each; 21 is the papers'. With "
-                        "5, words found their places as well in the demo world, at less than half the time."
+                        "Most looks at the words' maps at each step, with an update after each; 21 is the papers'. "
+                        "With 5, words found their places as well in the demo world, at less than half the time."
                     ),
                 ),
                 io.Float.Input(
