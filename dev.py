@@ -38,7 +38,9 @@ HOME = ROOT / ".host"
 PINS = ROOT / "tests" / "requirements.txt"
 ROOMS = ("unit", "engine", "server")
 # What runs beside the other rooms when all are asked for, so that both halves take about as long.
-BESIDE = ("tests/server", "tests/engine/test_editing_parity.py", "tests/engine/test_self_parity.py")
+BESIDE = ("tests/server", *(f"tests/engine/test_{name}.py" for name in (
+    "parity", "editing_parity", "self_parity", "self_benchmarks",
+)))  # fmt: skip
 SCRIPTS = {"train": "demo.train", "score": "demo.measure", "bench": "benchmark.inversion"}
 BENCHES = {
     "edits": "benchmark.editing", "self-edits": "benchmark.self_editing", "cost": "benchmark.cost",
