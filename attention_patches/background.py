@@ -6,6 +6,8 @@ Clusters of self-attention are the parts; one that no noun agrees with is backgr
 import torch
 from torch.nn import functional as F
 
+from .self_maps import label_masks
+
 NOBODY = -1
 
 
@@ -52,9 +54,7 @@ def owners(scores, threshold):
 
 def masks(labels, owners, count, grid, size):
     """MASKs (1 + count, H, W) of 0 and 1 at ``size``: the background's, then each noun's."""
-    whose = owners[labels].unflatten(0, grid)
-    found = torch.stack([(whose == who).float() for who in (NOBODY, *range(count))])
-    return F.interpolate(found[:, None], size, mode="nearest-exact")[:, 0]
+    return label_masks(owners[labels] - NOBODY, 1 + count, grid, size)
 
 
 def forbidden(background, own, words, pictures):

@@ -160,7 +160,7 @@ def encode_steps(clip, prompt, vectors, windows):
     Whatever else a conditioning holds, such as SDXL's pooled text, is the prompt's own.
     """
     extras, entries = encode(clip, prompt)[0][1], []
-    steps, pictures = next(iter(next(iter(vectors.values())).values())).shape[:2]
+    pictures = next(iter(next(iter(vectors.values())).values())).shape[1]
     for step, (start, end) in enumerate(zip(windows[:-1], windows[1:], strict=True)):
         mine = ({n: {p: v[step, i] for p, v in own.items()} for n, own in vectors.items()} for i in range(pictures))
         texts = [clip.encode_from_tokens(with_vectors(clip, prompt, one)) for one in mine]

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
-import comfy_extras.nodes_custom_sampler as custom
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -390,10 +389,8 @@ def with_words(one, batch, number, done):
 
 def drawn(bench, model, positive, trajectory):
     """The picture (H, W, 3) that a stock sampler draws."""
-    noise = {"samples": host.host_latent(trajectory, 0)}
-    euler = call(custom.KSamplerSelect, "euler")[0]
-    settings = bench.guidance, positive, negative_of(trajectory), euler, trajectory.sigmas, noise
-    return bench.decode(call(custom.SamplerCustom, model, False, 0, *settings)[0])[0].clamp(0, 1)
+    noise, negative = {"samples": host.host_latent(trajectory, 0)}, negative_of(trajectory)
+    return bench.sample(model, positive, bench.guidance, trajectory.sigmas, noise, negative)[0].clamp(0, 1)
 
 
 def mark(picture, goal, what, source, truth, masks):
@@ -417,7 +414,6 @@ def told(picture, thing, what, mask):
 
 
 # ---- speed -------------------------------------------------------------------------------------------------------
-
 
 REFERENCE = "as the authors' code"
 

@@ -68,9 +68,9 @@ class Bench:
         settings = self.steps, invert.GRIDS[0], invert.LEVELS[0]
         return call(invert.AttuneDDIMInversion, self.model, latent, conditioning, *settings)
 
-    def sample(self, model, positive, guidance, sigmas, noise):
+    def sample(self, model, positive, guidance, sigmas, noise, negative=None):
         euler = call(custom.KSamplerSelect, "euler")[0]
-        negative = self.text("")
+        negative = self.text("") if negative is None else negative
         drawn = call(custom.SamplerCustom, model, False, 0, guidance, positive, negative, euler, sigmas, noise)[0]
         return self.decode(drawn)
 

@@ -395,10 +395,10 @@ class AttuneDynamicPrompt(io.ComfyNode):
 
 def _outside(background, noun_masks, words, pictures, grid, size):
     """What each noun of each picture must not look at, (W, N) or None; ``size`` is the pictures'."""
-    for name, mask, counts in (("background", background, (1, pictures)), ("noun_masks", noun_masks, None)):
+    needed = ("background", background, (1, pictures)), ("noun_masks", noun_masks, (words, words * pictures))
+    for name, mask, counts in needed:
         if mask is None:
             continue
-        counts = counts or (words, words * pictures)
         if len(mask) not in counts:
             raise ValueError(
                 f"The {name} hold {len(mask)} masks where {' or '.join(map(str, dict.fromkeys(counts)))} are needed, "

@@ -11,7 +11,7 @@ from ..attention_patches.words import read_list
 from ..inversion import host as runs
 from ..inversion.trajectory import Trajectory, check_same_model
 from . import schema, sheet
-from .edit import kept_vectors, text_of
+from .edit import kept_vectors
 
 STEPS_AVERAGE, STEPS_EACH = "average", "each"
 STEPS = (STEPS_AVERAGE, STEPS_EACH)
@@ -230,7 +230,8 @@ class AttuneAttentionMaps(io.ComfyNode):
         if kept := kept_vectors(clip, trajectory, prompt):
             learned = set().union(*kept.values())
             which = [i for i, at in enumerate(positions) if learned & set(at)]
-            found = maps.beside(found, gather(text_of(clip, trajectory, prompt)), which, "learned")
+            texts = host.encode_steps(clip, prompt, kept, trajectory.windows)
+            found = maps.beside(found, gather(texts), which, "learned")
             number += sum(i < number for i in which) + (number in which)  # of a learned word, what was learned
         size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
         mask = maps.mask_of(found, number, size, threshold, grow, feather)
