@@ -17,17 +17,19 @@ class Controller:
     ``replaces_words`` says that ``cross_map`` discards what it is given, so that two such on one prompt cannot be;
     ``both_halves`` that the negative rows are edited too; ``mixes_texts`` that at "cross" places it has a
     ``cross_output`` and no ``cross_map``; ``mixes`` that it has a ``self_output``, which discards what others
-    would put out. ``refinement`` is its mask refinement, if any.
+    would put out; ``is_part`` that ``prompt`` names a part of the picture and no text, so that several conditionings,
+    positive and negative, can be the part's rows. ``refinement`` is its mask refinement, if any.
     """
 
     replaces_words: ClassVar[bool] = False
     both_halves: ClassVar[bool] = False
     mixes_texts: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    is_part: ClassVar[bool] = False
     refinement = None
 
     prompt: str
-    tokens: int
+    tokens: int | None  # None for a part of the picture, whose attention to text is left alone
 
     @property
     def reads(self):

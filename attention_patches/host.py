@@ -32,6 +32,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from comfy.patcher_extension import WrappersMP
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+import nodes as stock
+
 from .controller import Controller
 from .local_blend import blend
 from .maps import nearest
@@ -44,10 +46,11 @@ from .words import CHUNK, group_words, read_braces, stands_alone
 KEY = "attune"  # of the spec in transformer_options and of our wrappers
 RUN = "attune_run"  # in transformer_options while sampling: what this run has gathered
 PROMPT = "attune_prompt"  # in a conditioning's dictionary: the prompt it was encoded from
+TEXT, SEED = "attune_text", "attune_seed"  # there too: what a part is drawn from, for people to read
 END = 49407  # CLIP's end token, which also pads
 RIDERS = "attune_riders"  # in transformer_options: references that are to be rows of the target's call
 ROLE = "attune_role"  # among a conditioning's model_conds: which edit its rows belong to, or one of these two
-NONE, NEGATIVE = 0, -1
+NONE, NEGATIVE = 0, -1  # a part's negative rows have the part's role below zero, less this one
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------
@@ -107,6 +110,88 @@ def read_nouns(clip, text):
 def encode(clip, prompt):
     """The prompt as CONDITIONING, tagged so that an edit knows its rows."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt), add_dict={PROMPT: prompt})
+
+
+def part_of_picture(conditioning, name, region, control=None):
+    """CONDITIONING that holds for the latent pixels ``region`` (B, h, w) alone, as the part ``name`` of an edit, under
+    this CONTROL_NET or none."""
+    plain = without_parts(conditioning)
+    extras = {PROMPT: name, "mask": region, "mask_strength": 1.0, "set_area_to_bounds": False}
+    extras |= {} if control is None else {"control": control, "control_apply_to_uncond": False}
+    return [[text, {**others, **extras}] for text, others in plain]
+
+
+def without_parts(conditioning):
+    """A CONDITIONING without what :func:`part_of_picture`, :func:`tell` and a CONTROL_NET put on it."""
+    put = {PROMPT, TEXT, SEED, "mask", "mask_strength", "set_area_to_bounds", "control", "control_apply_to_uncond"}
+    return [[text, {k: v for k, v in extras.items() if k not in put}] for text, extras in conditioning]
+
+
+def of_part(conditioning, name):
+    """The entries of a CONDITIONING that are the part ``name`` of an edit."""
+    return [one for one in conditioning if one[1].get(PROMPT) == name]
+
+
+def tell(conditioning, text, seed):
+    """A CONDITIONING that says what it is drawn from; None where that is not known."""
+    return [[one, {**extras, TEXT: text, SEED: seed}] for one, extras in conditioning]
+
+
+def told(conditioning):
+    """The text and the seed that a CONDITIONING says it is drawn from, None where it does not."""
+    extras = conditioning[0][1] if conditioning else {}
+    return (extras[TEXT], extras[SEED]) if TEXT in extras else (extras.get(PROMPT), None)
+
+
+def apply_control(positive, negative, control, hint, strength, start, end):
+    """Both CONDITIONING lists with a CONTROL_NET and its ``hint`` image (B, H, W, C) on them, by the host's node."""
+    return stock.ControlNetApplyAdvanced().apply_controlnet(positive, negative, control, hint, strength, start, end)
+
+
+def own_controls(*conditionings):
+    """CONDITIONING lists whose CONTROL_NETs are copies with nothing of another run in them; one that several entries
+    share stays one, since the host runs only those together."""
+    copies = {}
+
+    def copy(control):
+        if control is None:
+            return None
+        if control not in copies:
+            copies[control] = control.copy().set_previous_controlnet(copy(control.previous_controlnet))
+        return copies[control]
+
+    return [
+        [
+            [text, {**extras, "control": copy(extras["control"])} if "control" in extras else extras]
+            for text, extras in one
+        ]
+        for one in conditionings
+    ]
+
+
+def check_control(model, control, node):
+    """Raises ValueError for a CONTROL_NET that was made for another kind of MODEL: of a T2I-Adapter the host would skip
+    what does not fit, with a line in its log."""
+    unet = model.model.diffusion_model
+    if (adapter := getattr(control, "t2i_model", None)) is not None:
+        levels = [unet.model_channels * multiple for multiple in unet.channel_mult]
+        levels = getattr(unet, "adapter_channels", levels)  # the demo model takes wider ones than its own
+        fits = list(adapter.channels)[: len(levels)] == levels and adapter.xl == (len(levels) == 3)
+        what, wanted = f"a T2I-Adapter of widths {adapter.channels}", f"widths {levels}"
+    else:
+        theirs, ours = _text_width(getattr(control, "control_model", None)), _text_width(unet)
+        fits, what, wanted = theirs in (None, ours), f"a ControlNet for texts of width {theirs}", f"width {ours}"
+    if not fits:
+        raise ValueError(
+            f"The CONTROL_NET is {what}, but the MODEL needs {wanted}; connect one that was made for the MODEL's "
+            f"family (SD 1.x, SD 2.x or SDXL) to {node}."
+        )
+
+
+def _text_width(net):
+    """How wide the texts are that a UNet or ControlNet reads; None where it reads none."""
+    blocks = (m for m in net.modules() if isinstance(m, BasicTransformerBlock)) if net is not None else ()
+    return next((m.attn2.to_k.in_features for m in blocks if getattr(m, "attn2", None) is not None), None)
 
 
 def token_vectors(clip, prompt, positions):
@@ -321,7 +406,7 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
 def _edit_of(cond):
     """Whether a conditioning's rows are an edit's."""
     tag = cond["model_conds"].get(ROLE)
-    return tag is not None and int(tag.cond[0, 0]) not in (NONE, NEGATIVE)
+    return tag is not None and int(tag.cond[0, 0]) > NONE
 
 
 class _Run:
@@ -344,6 +429,8 @@ class _Run:
 
     def close(self):
         self.lookout = Lookout()
+        for cond in (c for conds in self.conds.values() for c in conds if "control" in c):
+            cond["control"].cleanup()
         for gathered in (self.conds, self.features, self.found):
             gathered.clear()
 
@@ -414,12 +501,18 @@ class _Run:
         for name, conds in guider.conds.items():
             for cond in conds:
                 # A negative made from the edit's positive (zeroed out, say) carries its tag but is not the edit.
-                role = negative if "negative" in name else self._role(cond)
+                role = self._negative_role(cond, negative) if "negative" in name else self._role(cond)
                 found.add(role)
                 _refuse_area(cond)
                 tag = CONDRegular(torch.tensor([[role]], device=x.device))
                 cond["model_conds"] = {**cond["model_conds"], ROLE: tag}
         for role, prompt in enumerate(self.spec.lengths, 1):
+            halves = {role, NEGATIVE - role} if any("negative" in name for name in guider.conds) else {role}
+            if prompt in self.spec.parts and not halves <= found:
+                raise ValueError(
+                    f"No conditioning of this sampling is the part {prompt} that the MODEL was edited for; connect the "
+                    "positive and negative outputs of the same Attune fusion node to the sampler."
+                )
             if role not in found:
                 raise ValueError(
                     f'No positive conditioning of this sampling is the prompt "{prompt}" that the MODEL was edited '
@@ -447,12 +540,16 @@ class _Run:
         prompt = cond[PROMPT]
         wanted = lengths[prompt]
         length = cond["model_conds"]["c_crossattn"].cond.shape[1]
-        if length != wanted:
+        if wanted is not None and length != wanted:
             raise ValueError(
                 f'The conditioning of "{prompt}" has {length} text tokens at the sampler but had {wanted} at the edit '
                 "node; take nodes that lengthen it, such as Conditioning (Concat), out from between them."
             )
         return 1 + list(lengths).index(prompt)
+
+    def _negative_role(self, cond, otherwise):
+        name = cond.get(PROMPT)
+        return NEGATIVE - self._role(cond) if name in self.spec.parts else otherwise
 
     def riders(self, model, conds, x, timestep, model_options):
         """The references as rows of the target's own call: name to (latent, prepared conditioning); {} where they had
@@ -761,13 +858,15 @@ class _EditPatch:
             return attend(*own, options)
         place = self.run.place(_layer(kind, options), grid)
         held = {name: read for name, read in self._held(place, own, options) if read is not None}
-        roles = {prompt: rows[role] for role, prompt in enumerate(self.run.spec.lengths, 1) if role in rows}
+        numbers = {prompt: role for role, prompt in enumerate(self.run.spec.lengths, 1)}
+        roles = {prompt: rows[role] for prompt, role in numbers.items() if role in rows}
         tasks = []
         for controller in self.run.spec.controllers:
             if not controller.edits(place) or not set(controller.reads) <= held.keys():
                 continue
             positive = roles.get(controller.prompt, [])
-            negative = rows.get(NEGATIVE, []) if controller.both_halves else []
+            half = NEGATIVE - numbers[controller.prompt] if controller.is_part else NEGATIVE
+            negative = rows.get(half, []) if controller.both_halves else []
             if len(set(controller.reads)) == 1:  # both halves read the same
                 positive, negative = positive + negative, []
             tasks += [self._task(controller, place, at, at is negative) for at in (positive, negative) if at]

@@ -51,6 +51,11 @@ class Spec:
         return {r.prompt: r.tokens for r in (*self.controllers, *self.watchers)}
 
     @property
+    def parts(self):
+        """The names of the parts of the picture that are edited, each in its own positive and negative rows."""
+        return tuple(dict.fromkeys(c.prompt for c in self.controllers if c.is_part))
+
+    @property
     def watchers(self):
         """The controllers and blends that have to see where words look."""
         return tuple(one for one in (*self.controllers, *self.blends) if one.watch is not None)

@@ -18,6 +18,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer
 from comfy.supported_models_base import ClipTarget
+from comfy.t2i_adapter.adapter import Adapter
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -25,6 +26,7 @@ from .autoencoder import Autoencoder
 from .text import HEADS, LAYERS, TEXT_WIDTH
 
 WEIGHTS = Path(__file__).parent / "weights" / "attune_demo.safetensors"
+ADAPTER = Path(__file__).parent / "controlnet" / "attune_demo_sketch_adapter.safetensors"
 
 # SD1.5's layout (16 transformer blocks, three attention levels and a middle) at a fraction of its width. Heads are 32
 # wide, as many as fit: eight narrow ones would train at two thirds of the speed on a CPU.
@@ -89,6 +91,39 @@ def build_unet():
     return unet
 
 
+def _fold(unet, args, kwargs):
+    """Adds up the channels of an adapter's features in pairs where they are twice as many as the level has."""
+    control = kwargs.get("control")
+    if control is None:
+        return None
+    widths, width = [], UNET["model_channels"]
+    for multiple in UNET["channel_mult"]:  # three input blocks a level, each adding what stands last in the list
+        widths += 3 * [multiple * width]
+    features = zip(control["input"], reversed(widths), strict=True)
+    folded = [
+        f.unflatten(1, (width, 2)).sum(2) if f is not None and f.shape[1] == 2 * width else f for f, width in features
+    ]
+    return args, {**kwargs, "control": {**control, "input": folded}}
+
+
+def take_adapters(unet):
+    """Lets the UNet take a stock T2I-Adapter, whose widths double where SD's do: the demo model's double later."""
+    width = UNET["model_channels"]
+    unet.adapter_channels = [width, 2 * width, 4 * width, 4 * width]
+    unet.register_forward_pre_hook(_fold, with_kwargs=True)
+
+
+def build_adapter():
+    """The host's own T2I-Adapter for hints of one channel, at the demo model's width, that adds nothing yet."""
+    width = UNET["model_channels"]
+    channels = [width, 2 * width, 4 * width, 4 * width]
+    net = Adapter(channels=channels, nums_rb=2, cin=64, ksize=1, sk=True, use_conv=False, xl=False)
+    for name, parameter in net.named_parameters():
+        if name.startswith("conv_in") or "block2" in name or name.endswith("in_conv.bias"):
+            nn.init.zeros_(parameter)
+    return net
+
+
 @functools.cache
 def token_ids(words):
     """The CLIP token id of each word, all of which must be single tokens."""
@@ -103,6 +138,11 @@ def token_ids(words):
 
 
 # ---- for use -----------------------------------------------------------------------------------------------------
+
+
+def offer_adapter():
+    """Lists the demo's sketch adapter in the host's Load ControlNet Model."""
+    folder_paths.add_model_folder_path("controlnet", str(ADAPTER.parent))
 
 
 def _unreadable(path, problem):
@@ -140,6 +180,7 @@ def load_model(weights):
     offload = management.unet_offload_device()
     model = config.get_model({}, device=offload)
     model.diffusion_model.load_state_dict(weights)
+    take_adapters(model.diffusion_model)
     return ModelPatcher(model, load_device=device, offload_device=offload)
 
 

@@ -228,6 +228,16 @@ def render(source, size=SIZE):
     return np.clip(picture * shade[..., None], 0, 1).astype(np.float32), masks
 
 
+def changed(before, after, size=SIZE):
+    """Where two scenes' objects differ, (size, size) float32: all of every object that only one of them has."""
+    (_, old), (_, new) = render(before, size), render(after, size)
+    kept = set(before.things) & set(after.things)
+    gone = [mask for one, mask in zip(before.things, old, strict=True) if one not in kept]
+    come = [mask for one, mask in zip(after.things, new, strict=True) if one not in kept]
+    everywhere = np.full((size, size), float(before.background != after.background), np.float32)
+    return np.maximum.reduce([everywhere, *gone, *come])
+
+
 # ---- captions ---------------------------------------------------------------------------------------------------
 
 
@@ -332,8 +342,8 @@ def random_scene(rng, objects=None):
     return _compose(kinds, background, rng)
 
 
-def scene_from_caption(text, rng):
-    """A scene that a caption of this world describes; what it leaves open is drawn by lot.
+def _read_caption(text):
+    """(kinds, sizes, background or None, whether the first lies left (1) or right (-1) of the second) of a caption.
 
     Raises ValueError for a caption with words from outside the world, or that no scene can show.
     """
@@ -370,6 +380,16 @@ def scene_from_caption(text, rng):
         problem = "asks for a big object beside another, but only one alone has the room"
     if problem:
         raise ValueError(f'The caption "{text}" {problem}; change the caption of Attune Demo Scene.')
+    return kinds, sizes, background, apart
+
+
+def scene_from_caption(text, rng):
+    """A scene that a caption of this world describes; what it leaves open is drawn by lot.
+
+    Raises ValueError for a caption with words from outside the world, or that no scene can show.
+    """
+    kinds, sizes, background, apart = _read_caption(text)
+    used = {c for _, c, _ in kinds if c}
     background = background or str(rng.choice([b for b in BACKGROUNDS if b not in used]))
     free = [c for c in rng.permutation(COLORS) if c not in used and c != background]
     kinds = [(shape, c or str(free.pop()), pattern) for shape, c, pattern in kinds]
@@ -378,6 +398,52 @@ def scene_from_caption(text, rng):
         fits = all(s in ("", _size_word(t)) for s, t in zip(sizes, drawn.things, strict=True))
         if fits and (not apart or (drawn.things[1].x - drawn.things[0].x) * apart > 0.2):
             return drawn
+
+
+def edit_by_caption(source, text):
+    """The scene with what another caption says changed: object by object in the caption's order, and the background.
+
+    A further object is added where there is room, and of two objects the one that the caption leaves out goes. Raises
+    ValueError for a caption that no scene can show, or where a further object finds no room.
+    """
+    kinds, _, background, _ = _read_caption(text)
+    things = list(source.things)
+    if len(kinds) < len(things):  # the one that is most alike stays
+        things = [max(things, key=lambda t: (t.shape == kinds[0][0]) + (t.color == kinds[0][1]))]
+    edited = replace(source, things=tuple(things))
+    for i, (shape, color, pattern) in enumerate(kinds):
+        if i < len(things):
+            old = things[i]
+            changes = {"shape": shape, "pattern": pattern} | (
+                {"color": color} if color not in (None, old.color) else {}
+            )
+            edited = edit_thing(edited, i, **changes)
+        else:
+            edited = add_thing(edited, shape, color or free_color(edited), pattern)
+    return edited if background in (None, source.background) else edit_background(edited, background)
+
+
+def free_color(source):
+    """A colour that neither the background nor an object has."""
+    return next(c for c in COLORS if c != source.background and c not in {t.color for t in source.things})
+
+
+def add_thing(source, shape, color, pattern="plain"):
+    """The scene with a further object where the most room is. Raises ValueError where there is too little."""
+    places = [(x, y) for x in np.linspace(0.16, 0.84, 18) for y in np.linspace(0.16, 0.84, 18)]
+
+    def room(place):
+        x, y = place
+        others = [np.hypot(x - t.x, y - t.y) - t.r * REACH[t.shape] for t in source.things]
+        return min([*others, x, y, 1 - x, 1 - y]) - 0.02
+
+    x, y = max(places, key=room)
+    r = min(0.22, room((x, y)) / REACH[shape])
+    if r < 0.12:
+        raise ValueError(
+            f"There is no room for a {color} {shape} in the scene; choose another seed of Attune Demo Edit."
+        )
+    return replace(source, things=(*source.things, thing(shape, color, pattern, float(x), float(y), float(r))))
 
 
 def is_held_out(source):

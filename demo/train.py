@@ -4,6 +4,7 @@
     dev.py train unet --minutes 90           text encoder and UNet, from this run or the shipped weights
     dev.py train decoder --minutes 10        polishes the decoder alone; latents, and so the UNet, stay as they are
     dev.py train export                      writes demo/weights/attune_demo.safetensors (fp16)
+    dev.py train adapter --minutes 40        a sketch T2I-Adapter for the shipped weights, and writes its file
 
 It runs on a GPU where there is one, else on the CPU. Logs, sample sheets and checkpoints go to demo/run/.
 
@@ -27,9 +28,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from ..attention_patches.sketch import outlines
 from . import checker, scenes
 from .autoencoder import LATENT_SCALE, Autoencoder
-from .model import WEIGHTS, build_unet, read_weights, token_ids
+from .model import ADAPTER, WEIGHTS, build_adapter, build_unet, read_weights, take_adapters, token_ids
 from .text import TEXT_WIDTH, TextEncoder
 
 HERE = Path(__file__).parent
@@ -143,7 +145,8 @@ class Chapter:
         self.latents = torch.cat(latents)
 
     def batch(self, rng, rows, size):
-        """Latents, masks, rows of the embedding table, and (B, 2, 77) which column describes which object how much."""
+        """Latents, masks, rows of the embedding table, (B, 2, 77) which column describes which object how much, and
+        the scenes' numbers."""
         pick = rng.integers(len(self.scenes), size=size)
         tokens = torch.full((size, CONTEXT), rows[END])
         owners = torch.zeros(size, 2, CONTEXT)
@@ -159,7 +162,8 @@ class Chapter:
                 tokens[row, column] = rows[word]
                 if owner is not None and word not in ("a", "an"):
                     owners[row, owner, column] = 1.0 if word in scenes.SHAPES else 0.5
-        return self.latents[pick].to(DEVICE), self.masks[pick].to(DEVICE), tokens.to(DEVICE), owners.to(DEVICE)
+        parts = (self.latents[pick], self.masks[pick], tokens, owners)
+        return *(part.to(DEVICE) for part in parts), pick
 
 
 # ---- UNet --------------------------------------------------------------------------------------------------------
@@ -282,7 +286,7 @@ def train_unet(args):
             chapter = Chapter(net, rng, args.scenes)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step - first + 1) / 100) * cosine(done, args.flat)
-        z, masks, tokens, owners = chapter.batch(rng, rows, args.batch)
+        z, masks, tokens, owners, _ = chapter.batch(rng, rows, args.batch)
         early = step < args.high_noise_steps
         t = torch.randint(0, 1000, (args.batch,), device=DEVICE)
         if early:
@@ -341,6 +345,119 @@ def draw_sheet(weights, net, rows, bar, step, count=16, guidance=5.0):
     save_sheet(RUN / f"step_{step:06d}.png", pictures, 8)
 
 
+# ---- sketch adapter ----------------------------------------------------------------------------------------------
+
+
+class Sketches(Chapter):
+    """A chapter with sketches of its scenes: outlines of the objects, or of all that is drawn, patterns too."""
+
+    def __init__(self, net, rng, count):
+        super().__init__(net, rng, count)
+        self.things = torch.zeros(count, 2, scenes.SIZE, scenes.SIZE, dtype=torch.bool)
+        self.lines = torch.zeros(count, scenes.SIZE, scenes.SIZE, dtype=torch.bool)
+        for i, scene in enumerate(self.scenes):
+            picture, masks = scenes.render(scene)
+            self.things[i, : len(masks)] = torch.from_numpy(masks) > 0.5
+            self.lines[i] = outlines(torch.from_numpy(picture)[None], 0.2, 1.0, 1)[0].bool()
+
+    def hints(self, pick, rng):
+        """(B, 1, H, W) sketches as people draw them: of all or some objects, thin or thick, with gaps, or none."""
+        found = torch.zeros(len(pick), 1, scenes.SIZE, scenes.SIZE)
+        for row, index in enumerate(pick):
+            kind, width = rng.random(), int(rng.integers(1, 4))
+            if kind < 0.08:
+                continue
+            things = self.things[index].float()
+            kept = torch.tensor(rng.random(2) < 0.9)
+            if kind < 0.6:
+                lines = (outline(things, width) * kept[:, None, None]).amax(0)
+            else:
+                left_out = F.max_pool2d(things, 7, 1, 3) * ~kept[:, None, None]
+                lines = self.lines[index].float() * (1 - left_out.amax(0))
+                lines = F.max_pool2d(F.pad(lines[None], ((width - 1) // 2, width // 2) * 2), width, 1)[0]
+            if rng.random() < 0.2:  # gaps
+                gaps = torch.tensor(rng.random((1, 1, 16, 16)) < 0.15).float()
+                lines = lines * (1 - F.interpolate(gaps, scenes.SIZE)[0, 0])
+            found[row, 0] = lines.roll(tuple(rng.integers(-1, 2, 2)), (0, 1))
+        return found
+
+
+def outline(masks, width):
+    """The lines (B, H, W) around masks (B, H, W) of 0 and 1, about ``width`` pixels wide."""
+    outer, inner = (width + 1) // 2, width // 2
+    grown = F.max_pool2d(masks[None], 2 * outer + 1, 1, outer)[0]
+    shrunk = -F.max_pool2d(-masks[None], 2 * inner + 1, 1, inner)[0]
+    return grown - shrunk
+
+
+def train_adapter(args):
+    net, adapter, model = trained_autoencoder(), build_adapter().to(DEVICE), Model().to(DEVICE)
+    model.load_state_dict(shipped_state())
+    model.requires_grad_(False)
+    take_adapters(model.unet)
+    rows = vocabulary()
+    rows |= {word: rows[i] for word, i in token_ids(scenes.WORDS).items()}
+    ema = {k: v.detach().clone() for k, v in adapter.state_dict().items()}
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    path, step, minutes = RUN / "adapter.pt", 0, 0.0
+    if path.exists() and not args.fresh:
+        state = torch.load(path, map_location=DEVICE)
+        adapter.load_state_dict(state["adapter"])
+        ema, step, minutes = state["ema"], state["step"], state["minutes"]
+        optimizer.load_state_dict(state["optimizer"])
+    torch.manual_seed(args.seed + step)
+    rng = np.random.default_rng([args.seed, 7, step])
+    bar, chapter, begin, first, mean = alphas_bar(), None, time.time(), step, None
+    weight_t = torch.minimum(bar / (1 - bar), torch.tensor(5.0, device=DEVICE)) / (bar / (1 - bar))
+    names, parameters = zip(*adapter.named_parameters(), strict=True)
+    averaged = [ema[n] for n in names]
+
+    def save():
+        spent = minutes + (time.time() - begin) / 60
+        torch.save({"adapter": adapter.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step,
+                    "minutes": spent}, path)  # fmt: skip
+        about = {"command": "dev.py train " + " ".join(sys.argv[1:]), "steps": str(step), "minutes": f"{spent:.0f}",
+                 "for": WEIGHTS.name}  # fmt: skip
+        ADAPTER.parent.mkdir(exist_ok=True)
+        save_file({k: v.half().contiguous().cpu() for k, v in ema.items()}, ADAPTER, metadata=about)
+
+    while (done := (time.time() - begin) / (60 * args.minutes)) < 1:
+        if (step - first) % args.chapter_steps == 0:
+            log.info("drawing %d scenes", args.scenes)
+            chapter = Sketches(net, rng, args.scenes)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step - first + 1) / 50) * cosine(done, args.flat)
+        z, masks, tokens, _, pick = chapter.batch(rng, rows, args.batch)
+        # What goes where is decided while there is much noise, so an adapter is taught there more often.
+        t = (1000 * (1 - torch.rand(args.batch, device=DEVICE) ** 2)).long().clamp(max=999)
+        noise = torch.randn_like(z) + args.offset * torch.randn(*z.shape[:2], 1, 1, device=DEVICE)
+        a = bar[t][:, None, None, None]
+        features = adapter(chapter.hints(pick, rng).to(DEVICE))
+        options = {"optimized_attention_override": plain_attention}
+        predicted = model.unet(
+            a.sqrt() * z + (1 - a).sqrt() * noise, t.float(), model.text(tokens), control=features,
+            transformer_options=options,
+        )  # fmt: skip
+        focus = 1 + 5 * F.max_pool2d(masks.amax(1, keepdim=True), 3, 1, 1)
+        focus = focus / focus.mean((1, 2, 3), keepdim=True)
+        error = ((predicted - noise).square() * focus).mean((1, 2, 3))
+        loss = (error * weight_t[t]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, list(parameters), 1 - min(args.ema, (1 + step) / (10 + step)))
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        if step % 25 == 0:
+            pace = (time.time() - begin) / (step - first)
+            log.info("adapter step %d, %d%%: loss %.4f, %.2f s a step", step, 100 * done, mean, pace)
+        if step % 250 == 0:
+            save()
+    save()
+
+
 def export(args):
     """Writes one fp16 file: UNet, autoencoder, text encoder with only the rows of the words it knows."""
     state, rows = torch.load(RUN / "unet.pt", map_location="cpu"), vocabulary()
@@ -363,7 +480,7 @@ def export(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("autoencoder", "unet", "decoder", "export"))
+    parser.add_argument("stage", choices=("autoencoder", "unet", "decoder", "export", "adapter"))
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
@@ -389,6 +506,8 @@ def main():
         train_unet(args)
     elif args.stage == "export":
         export(args)
+    elif args.stage == "adapter":
+        train_adapter(args)
     else:
         train_autoencoder(args, decoder_only=args.stage == "decoder")
 

@@ -292,6 +292,19 @@ def noise_for(latent, seed):
     return comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
 
 
+def start_of(model, trajectory, seed):
+    """Where the host's samplers start from nothing but noise on the trajectory's sigmas: (B, C, h, w), its scale."""
+    sampling, sigma = model.get_model_object("model_sampling"), trajectory.sigmas[0]
+    empty = torch.zeros_like(trajectory.noise)
+    whole = float(sigma) >= float(sampling.sigma_max) * (1 - 1e-5)
+    return sampling.noise_scaling(sigma, comfy.sample.prepare_noise(empty, seed), empty, whole)
+
+
+def euler():
+    """The host's SAMPLER whose steps are DDIM's."""
+    return comfy.samplers.sampler_object("euler")
+
+
 def fitting_latent(model, latent):
     """An empty LATENT with as many channels as the MODEL wants, as the host's samplers make it."""
     return comfy.sample.fix_empty_latent_channels(model, latent)

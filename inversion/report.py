@@ -19,7 +19,7 @@ class Row:
     drift: torch.Tensor | None = None
 
 
-def fit(image, pictures):
+def fit(image, pictures, node="Attune Inversion Report"):
     """An IMAGE (B, H, W, C) cut about its middle to the size of ``pictures``, as VAEs do that want multiples of 8.
 
     Raises ValueError when it cannot be the picture they come from.
@@ -29,7 +29,7 @@ def fit(image, pictures):
     if not all(0 <= s < 64 for s in spare) or ours not in (1, theirs):
         raise ValueError(
             f"The IMAGE holds {ours} pictures of {size[1]}x{size[0]}, but the TRAJECTORY {theirs} of "
-            f"{wanted[1]}x{wanted[0]}; connect the image that was inverted to Attune Inversion Report."
+            f"{wanted[1]}x{wanted[0]}; connect the image that was inverted to {node}."
         )
     top, left = spare[0] // 2, spare[1] // 2
     return image[:, top : top + wanted[0], left : left + wanted[1], :3].expand(theirs, -1, -1, -1)

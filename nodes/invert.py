@@ -421,7 +421,8 @@ class AttuneRecordTrajectory(io.ComfyNode):
             model, noise, cfg, sampler, sigmas, positive, negative, picture, latent.get("noise_mask"), noise_seed
         )
         prompt = schema.caption(cls, "positive")
-        header = {**host.describe_model(model), "method": "recorded", "guidance": cfg, "prompt": prompt}
+        seed = noise_seed if add_noise else None
+        header = {**host.describe_model(model), "method": "recorded", "guidance": cfg, "prompt": prompt, "seed": seed}
         # The papers' grid ends at the lowest noise level, where they count a step onto itself.
         papers = math.isclose(float(sigmas[-1]), host.lowest_sigma(model), rel_tol=1e-3)
         trajectory = Trajectory(sigmas.cpu().float(), path, len(sigmas) - 1 + papers, header, positive, negative)

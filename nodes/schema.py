@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 Trajectory = io.Custom("ATTUNE_TRAJECTORY")
 Maps = io.Custom("ATTUNE_MAPS")  # maps.WordMaps
+Turns = io.Custom("ATTUNE_TURNS")  # turns.Turns
 Refinement = io.Custom("ATTUNE_REFINEMENT")  # refinement.Refinement
 
 
