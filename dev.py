@@ -45,7 +45,7 @@ SCRIPTS = {"train": "demo.train", "score": "demo.measure", "bench": "benchmark.i
 BENCHES = {
     "edits": "benchmark.editing", "self-edits": "benchmark.self_editing", "cost": "benchmark.cost",
     "edit-parity": "benchmark.editing_parity", "self-parity": "benchmark.self_parity", "probing": "benchmark.probing",
-    "dynamic-prompt": "benchmark.dynamic_prompt",
+    "dynamic-prompt": "benchmark.dynamic_prompt", "fusion": "benchmark.fusion",
 }  # fmt: skip
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 

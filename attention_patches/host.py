@@ -114,7 +114,12 @@ def encode(clip, prompt):
 
 def part_of_picture(conditioning, name, region, control=None):
     """CONDITIONING that holds for the latent pixels ``region`` (B, h, w) alone, as the part ``name`` of an edit, under
-    this CONTROL_NET or none."""
+    this CONTROL_NET or none. Raises ValueError for one that is set to a mask already."""
+    if any("mask" in extras for _, extras in conditioning):
+        raise ValueError(
+            "A conditioning is set to a mask, but the mask of the Attune node says where each text holds; take "
+            "Conditioning (Set Mask) out from between CLIP Text Encode and that node."
+        )
     plain = without_parts(conditioning)
     extras = {PROMPT: name, "mask": region, "mask_strength": 1.0, "set_area_to_bounds": False}
     extras |= {} if control is None else {"control": control, "control_apply_to_uncond": False}
@@ -176,8 +181,9 @@ def check_control(model, control, node):
     if (adapter := getattr(control, "t2i_model", None)) is not None:
         levels = [unet.model_channels * multiple for multiple in unet.channel_mult]
         levels = getattr(unet, "adapter_channels", levels)  # the demo model takes wider ones than its own
-        fits = list(adapter.channels)[: len(levels)] == levels and adapter.xl == (len(levels) == 3)
-        what, wanted = f"a T2I-Adapter of widths {adapter.channels}", f"widths {levels}"
+        theirs = list(getattr(adapter, "channels", ()))
+        fits = theirs[: len(levels)] == levels and adapter.xl == (len(levels) == 3)
+        what, wanted = f"a T2I-Adapter of widths {theirs}", f"widths {levels}"
     else:
         theirs, ours = _text_width(getattr(control, "control_model", None)), _text_width(unet)
         fits, what, wanted = theirs in (None, ours), f"a ControlNet for texts of width {theirs}", f"width {ours}"
