@@ -280,7 +280,7 @@ def check_layers(model, layers, name, node, first=0):
     count = len(_grids(model.model.diffusion_model, 1, 1))
     if layers and max(layers) >= count:
         raise ValueError(
-            f"The {name} of {node} go to {max(layers) + first}, but the MODEL has {count} layers of self-attention, "
+            f"The layers of {node} go to {max(layers) + first}, but the MODEL has {count} layers of self-attention, "
             f"{first} to {count - 1 + first}; change {name} there."
         )
 
@@ -572,7 +572,8 @@ class _Run:
             or "model_function_wrapper" in model_options
             or any(options.get("patches", {}).values())
             or any(options.get("patches_replace", {}).values())
-            or any(set(table) - {KEY} for table in options.get("wrappers", {}).values())
+            # The recorder's wrapper, too, is this pack's.
+            or any(not str(key).startswith(KEY) for table in options.get("wrappers", {}).values() for key in table)
             or any(set(c) & NOT_IN_ROWS for c in every)
             or any(set(c["model_conds"]) - {ROLE} != set(ours[0]["model_conds"]) for c in every)
             or any(type(kind) not in IN_ROWS for c in every for kind in c["model_conds"].values())

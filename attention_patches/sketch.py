@@ -20,7 +20,7 @@ def outlines(image, threshold, smooth, width):
     pictures = image[..., :3].float().movedim(-1, 1)
     channels = pictures.flatten(0, 1)[:, None]
     sigma = max(smooth, 1e-3)
-    reach = 2 * math.ceil(2 * smooth) + 1
+    reach = min(2 * math.ceil(2 * smooth), 2 * min(pictures.shape[2:]) - 2) + 1  # kornia mirrors at the border
     # What kornia's Sobel filter gives on a step of 1 that was blurred so.
     full = 2 * (math.erf(1.5 / (sigma * 2**0.5)) + math.erf(0.5 / (sigma * 2**0.5)))
     high = max(threshold * full, 1e-4)

@@ -94,7 +94,7 @@ def build_unet():
 def _fold(unet, args, kwargs):
     """Adds up the channels of an adapter's features in pairs where they are twice as many as the level has."""
     control = kwargs.get("control")
-    if control is None:
+    if not control or not control["input"]:  # a ControlNet leads the other half of the UNet
         return None
     widths, width = [], UNET["model_channels"]
     for multiple in UNET["channel_mult"]:  # three input blocks a level, each adding what stands last in the list

@@ -376,6 +376,8 @@ def _read_caption(text):
         problem = f"asks for a {background} object on a {background} background, where it would not be seen"
     elif apart and len(kinds) == 1:
         problem = "says left of or right of, but names one object"
+    elif "small" in sizes and len(kinds) == 1:
+        problem = "asks for a small object alone, but only one of two is small"
     elif "big" in sizes and len(kinds) == 2:
         problem = "asks for a big object beside another, but only one alone has the room"
     if problem:
@@ -420,7 +422,14 @@ def edit_by_caption(source, text):
             edited = edit_thing(edited, i, **changes)
         else:
             edited = add_thing(edited, shape, color or free_color(edited), pattern)
-    return edited if background in (None, source.background) else edit_background(edited, background)
+    if background not in (None, source.background):
+        edited = edit_background(edited, background)
+    if edited.background in {t.color for t in edited.things}:
+        raise ValueError(
+            f'The caption "{text}" leaves a {edited.background} object on a {edited.background} background, where it '
+            "would not be seen; change the edited_caption of Attune Demo Edit."
+        )
+    return edited
 
 
 def free_color(source):

@@ -17,6 +17,11 @@ from .trajectory import LearnedWords, Trajectory
 
 FORMAT = 2  # 1 knows no learned words
 AGAIN = "save the trajectory again and choose that file in Attune Load Trajectory"
+PLAIN = "take the node that sets it out from between CLIP Text Encode and the inversion."
+REMEDIES = {  # by how it was made
+    "intermediate": "save the source's, and draw the intermediate again with Attune Intermediate.",
+    "recorded": "save that of Attune Next Turn where it is an edit, or take the node that sets it out.",
+}
 HEADER = {"family": str, "latent_format": str, "prediction": str, "weights": list, "method": str}
 LISTS = ("conditioning", "negative")
 LEARNED = "learned."
@@ -58,7 +63,7 @@ def save(trajectory, path, versions):
                 else:
                     raise ValueError(
                         f'The TRAJECTORY was made under a conditioning with "{key}" on it, which no file can hold; '
-                        "take the node that sets it out from between CLIP Text Encode and the inversion."
+                        + REMEDIES.get(trajectory.header.get("method"), PLAIN)
                     )
             about[name].append(plain)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}

@@ -57,14 +57,27 @@ def paste(first, finished, touched, feather):
     """The ``finished`` picture (B, H, W, 3) where ``touched`` (B or 1, H, W) is 1, and the ``first`` elsewhere, bit for
     bit.
 
-    The border is soft over ``feather`` pixels, all of them inside.
+    The border is soft over ``feather`` pixels, all of them inside, but where a mask is too narrow for that.
     """
     inside = touched[:, None]
     if feather:
         reach = (feather + 1) // 2
-        size, around = 2 * reach + 1, [reach] * 4
         # A mean over a window that reaches as far as the mask was shrunk by ends exactly at the mask's border.
-        shrunk = -F.max_pool2d(-F.pad(inside, around, mode="replicate"), size, 1)
-        inside = F.avg_pool2d(F.pad(shrunk, around, mode="replicate"), size, 1)
+        shrunk = -_greatest(-inside, reach)
+        soft = _around(F.avg_pool2d, shrunk, reach)
+        # What is hardly wider than its border shall still show whole, and so shall what vanished when it was shrunk.
+        soft = soft / _greatest(soft, 2 * reach).clamp(min=1e-6)
+        inside = torch.maximum(soft, inside * (1 - _greatest(shrunk, reach)))
     share = inside.movedim(1, -1)
     return torch.where(share > 0, first + share * (finished - first), first)
+
+
+def _greatest(x, reach):
+    """The greatest value of (B, 1, H, W) within ``reach`` pixels of each."""
+    return _around(F.max_pool2d, x, reach)
+
+
+def _around(pool, x, reach):
+    """A pool over the square of ``reach`` pixels around each; by rows and by columns, which is the same and quick."""
+    x = F.pad(x, [reach] * 4, mode="replicate")
+    return pool(pool(x, (2 * reach + 1, 1), 1), (1, 2 * reach + 1), 1)

@@ -235,7 +235,7 @@ class AttuneIntermediate(io.ComfyNode):
         schema.check_choice(halves, [BOTH, POSITIVE], "halves", name)
         schema.check_choice(start_noise, NOISES, "start_noise", name)
         Window(start_percent, end_percent, "start_percent to end_percent")
-        host.check_unet(model)
+        host.check_plain(model)
         host.check_layers(model, [layer], "layer", name)
         host.check_control(model, control_net, name)
         check_same_model(trajectory, runs.describe_model(model))
@@ -304,7 +304,7 @@ class AttuneMaskedFusion(io.ComfyNode):
     @classmethod
     def execute(cls, model, trajectory, intermediate, mask, start, end, layer, source=None):
         name = "Attune Masked Fusion"
-        host.check_unet(model)
+        host.check_plain(model)
         host.check_layers(model, [layer], "layer", name)
         for one in (trajectory, intermediate):
             check_same_model(one, runs.describe_model(model))
@@ -389,7 +389,7 @@ class AttuneSourceFusion(io.ComfyNode):
     @classmethod
     def execute(cls, model, trajectory, target, negative, start, end, layer, mask=None, source=None):
         name = "Attune Source Fusion"
-        host.check_unet(model)
+        host.check_plain(model)
         host.check_layers(model, [layer], "layer", name)
         check_same_model(trajectory, runs.describe_model(model))
         mask = torch.ones(1, 8, 8) if mask is None else mask

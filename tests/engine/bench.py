@@ -1,15 +1,24 @@
 """The demo model, a source picture and its trajectory, and how each method is put on a MODEL; quick to sample."""
 
+import copy
+import functools
+from dataclasses import replace
+
+import comfy.controlnet
 import comfy.samplers
+import comfy.t2i_adapter.adapter
 import comfy_extras.nodes_custom_sampler as custom
 import torch
 from comfy.ldm.modules import attention
 
 import nodes as stock
+from attune.attention_patches import host as patches
+from attune.attention_patches.masked_fusion import INSIDE, OUTSIDE
 from attune.inversion import host as runs
 from attune.inversion.trajectory import Trajectory
 from attune.nodes.demo import AttuneDemoCheckpoint
 from attune.nodes.edit import AttuneLocalBlend, AttunePromptRefine, AttunePromptReweight, AttunePromptSwap
+from attune.nodes.fusion import AttuneMaskedFusion
 from attune.nodes.self_attention import (
     AttuneContextPreserving,
     AttuneFreePromptEditing,
@@ -29,20 +38,52 @@ def outputs(node, *args, **kwargs):
     return getattr(node(), node.FUNCTION)(*args, **kwargs)
 
 
+def adapter(seed=0, channels=(64, 128, 256, 256), xl=False):
+    """A random T2I-Adapter, by itself as wide as the demo model's: the host's class, as its loader makes it."""
+    torch.manual_seed(seed)
+    net = comfy.t2i_adapter.adapter.Adapter(
+        channels=list(channels), nums_rb=1, cin=256 if xl else 64, ksize=1, sk=True, use_conv=False, xl=xl
+    )
+    return comfy.controlnet.T2IAdapter(net, 1, 8, "nearest-exact", device=torch.device("cpu"))
+
+
 class Bench:
     """Every call runs the host's own classes; pictures are latents in the model's scale."""
 
-    def __init__(self, height=16, width=16, batch=1, guidance=5.0):
+    def __init__(self, height=16, width=16, batch=1, guidance=5.0, steps=STEPS):
+        self.settings = {"height": height, "width": width, "batch": batch, "guidance": guidance, "steps": steps}
         self.model, self.clip, self.vae = outputs(AttuneDemoCheckpoint)
         self.guidance = guidance
-        self.sigmas = runs.schedule(self.model, STEPS, runs.HOST_GRID)
+        self.steps, self.sigmas = steps, runs.schedule(self.model, steps, runs.HOST_GRID)
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(batch, 4, height, width, generator=generator) * float(self.sigmas[0])
         self.noise = {"samples": runs.to_host_scale(self.model, start)}
         self.trajectory = self.record(SOURCE, self.guidance)
 
+    def like(self, **changes):
+        """A new one with other settings."""
+        return Bench(**self.settings | changes)
+
+    def but(self, **changes):
+        """A copy with other attributes."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
+
     def text(self, prompt):
         return outputs(stock.CLIPTextEncode, self.clip, prompt)[0]
+
+    def away(self, positive, negative=None):
+        """A negative, the empty text by itself, in the parts of the picture that ``positive`` has, where it has any."""
+        negative, name = self.text("") if negative is None else negative, patches.PROMPT
+        parts = [extras for _, extras in positive if extras.get(name) in (OUTSIDE, INSIDE)]
+        cut = (patches.part_of_picture(negative, e[name], e["mask"], e.get("control")) for e in parts)
+        return [one for part in cut for one in part] or negative
+
+    @functools.cached_property
+    def other(self):
+        """The trajectory of another picture from the same noise."""
+        return self.record("a green star on a white background", self.guidance)
 
     def record(self, prompt, guidance):
         """The trajectory of drawing a picture with the stock sampler, every latent as the sampler had it."""
@@ -57,14 +98,14 @@ class Bench:
             callback=lambda step, x0, x, total: path.append(x.clone()),
         )  # fmt: skip
         path.append(runs.to_model_scale(self.model, end))
-        return Trajectory(self.sigmas, torch.stack(path).cpu(), STEPS, runs.describe_model(self.model))
+        return Trajectory(self.sigmas, torch.stack(path).cpu(), self.steps, runs.describe_model(self.model))
 
     def sample(self, model, positive, latent=None, sampler="euler", guidance=None, negative=None, sigmas=None, seed=0):
         """The latent that a stock SamplerCustom draws from the trajectory's noise."""
         euler = outputs(custom.KSamplerSelect, sampler)[0]
         guidance = self.guidance if guidance is None else guidance
         sigmas = self.sigmas if sigmas is None else sigmas
-        negative = self.text("") if negative is None else negative
+        negative = self.away(positive) if negative is None else negative
         latent = self.noise if latent is None else latent
         return outputs(custom.SamplerCustom, model, False, seed, guidance, positive, negative, euler, sigmas, latent)[
             0
@@ -169,6 +210,15 @@ def region_prompts(bench, strength, model=None):
     )  # fmt: skip
 
 
+def masked_fusion(bench, strength, model=None):
+    """With another picture for the intermediate; the contract starts from the source's noise alone."""
+    intermediate = replace(bench.other, conditioning=bench.text(TARGET), negative=bench.text(""))
+    return outputs(
+        AttuneMaskedFusion, model or bench.model, bench.trajectory, intermediate, half(), 0.0, 0.8 * strength, 4,
+        bench.text(SOURCE),
+    )[:2]  # fmt: skip
+
+
 # Every method that edits a MODEL joins here, and with that every contract test.
 METHODS = {
     "prompt swap": prompt_swap,
@@ -179,7 +229,9 @@ METHODS = {
     "mutual self-attention": mutual_found,
     "context preserving": object_kept,
     "region prompts": region_prompts,
+    "masked fusion": masked_fusion,
 }
+QUICK = {masked_fusion: {"height": 8, "steps": 3}}  # settings for those that take eight rows a step
 
 
 class PlainAdapter:

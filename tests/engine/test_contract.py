@@ -1,8 +1,6 @@
 """What every method promises, whatever it does: each test runs through all of ``bench.METHODS``."""
 
-import comfy.controlnet
 import comfy.model_management
-import comfy.t2i_adapter.adapter
 import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_easycache as easycache
 import comfy_extras.nodes_pag as pag
@@ -12,17 +10,30 @@ from comfy.model_management import InterruptProcessingException
 
 import nodes as stock
 
-from .bench import METHODS, SOURCE, STEPS, Bench, apply_ip_adapter, outputs
+from .bench import METHODS, QUICK, SOURCE, Bench, adapter, apply_ip_adapter, outputs
 
 pytestmark = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 OTHER = "a green star on a white background"
 
 
 @pytest.fixture(scope="module")
+def benches():
+    """One for each size that some method is tested at."""
+    return {}
+
+
+@pytest.fixture
+def bench(method, benches):
+    settings = QUICK.get(method, {})
+    if tuple(settings) not in benches:
+        benches[tuple(settings)] = Bench(**settings)
+    return benches[tuple(settings)]
+
+
+@pytest.fixture
 def plain(bench):
     """What the unpatched model draws with the target prompt."""
-    with torch.inference_mode():
-        return lambda positive, **kwargs: bench.sample(bench.model, positive, **kwargs)
+    return lambda positive, **kwargs: bench.sample(bench.model, positive, **kwargs)
 
 
 def differ(a, b):
@@ -81,12 +92,12 @@ def test_split_conditionings_agree_with_batched(method, bench, monkeypatch):
 
 
 def test_a_batch_of_two_is_two_pictures(method, bench):
-    both = Bench(batch=2)
+    both = bench.like(batch=2)
     model, positive = method(both, 1)
     together = both.sample(model, positive)
     assert together.shape[0] == 2 and differ(together[0], together[1]) > 0.1
     for i in range(2):
-        one = Bench()
+        one = bench.like()
         one.noise = {"samples": both.noise["samples"][i : i + 1]}
         one.trajectory = one.record(SOURCE, one.guidance)
         model, positive = method(one, 1)
@@ -103,7 +114,7 @@ def test_one_source_serves_a_batch(method, bench):
 
 @pytest.mark.parametrize("size", [(16, 24), (17, 11)], ids=str)
 def test_any_size(method, bench, size):
-    wide = Bench(*size)
+    wide = bench.like(height=size[0], width=size[1])
     model, positive = method(wide, 1)
     edited = wide.sample(model, positive)
     assert edited.shape[2:] == size
@@ -127,22 +138,14 @@ def test_perturbed_attention_runs_beside_it(method, bench, plain):
     alone = bench.sample(perturbed, positive)
     effect = differ(alone, plain(positive))
     assert effect > 1e-3, "perturbed attention does nothing here"
+    edited = bench.sample(on, positive)
     for first in (True, False):  # either order of the nodes
         model = outputs(pag.PerturbedAttentionGuidance, on, 100.0)[0] if first else method(bench, 1, model=perturbed)[0]
         both = bench.sample(model, positive)
         assert differ(both, alone) > 0.05
-        assert 0.02 * effect < differ(both, bench.sample(on, positive)) < 20 * effect
+        assert 0.02 * effect < differ(both, edited) < 20 * effect
     quiet = outputs(pag.PerturbedAttentionGuidance, off, 100.0)[0]
     assert torch.equal(bench.sample(quiet, positive), alone)
-
-
-def control(seed=0):
-    """A T2I-Adapter of the demo model's widths, random: the host's own class, as its loader makes it."""
-    torch.manual_seed(seed)
-    net = comfy.t2i_adapter.adapter.Adapter(
-        channels=[64, 64, 128, 128], nums_rb=1, cin=64, ksize=1, sk=True, use_conv=False, xl=False
-    )
-    return comfy.controlnet.T2IAdapter(net, 1, 8, "nearest-exact", device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("both", [True, False], ids=["both halves", "positive only"])
@@ -152,8 +155,9 @@ def test_a_controlnet_in_the_same_graph(method, bench, both):
 
     def with_control(positive):
         apply = stock.ControlNetApplyAdvanced
-        steered, negative = outputs(apply, positive, bench.text(""), control(), hint, 1.0, 0.0, 1.0)
-        return {"positive": steered, "negative": negative if both else bench.text("")}
+        empty = bench.away(positive)
+        steered, negative = outputs(apply, positive, empty, adapter(), hint, 1.0, 0.0, 1.0)
+        return {"positive": steered, "negative": negative if both else empty}
 
     on, positive = method(bench, 1)
     off, _ = method(bench, 0)
@@ -179,6 +183,7 @@ def test_a_negative_made_from_the_positive(method, bench):
     on, positive = method(bench, 1)
     zeroed = outputs(stock.ConditioningZeroOut, positive)[0]
     bare = [[zeroed[0][0], {k: v for k, v in zeroed[0][1].items() if k == "pooled_output"}]]
+    bare = bench.away(positive, bare)
     assert torch.equal(bench.sample(on, positive, negative=zeroed), bench.sample(on, positive, negative=bare))
 
 
@@ -193,9 +198,9 @@ def test_a_step_cache_beside_it(method, bench):
 def test_every_stock_sampler_node(method, bench):
     on, positive = method(bench, 1)
     reference = bench.sample(on, positive)
-    empty, noise = bench.text(""), bench.noise
+    empty, noise = bench.away(positive), bench.noise
     advanced = outputs(
-        stock.KSamplerAdvanced, on, "disable", 0, STEPS, bench.guidance, "euler", "ddim_uniform", positive, empty,
+        stock.KSamplerAdvanced, on, "disable", 0, bench.steps, bench.guidance, "euler", "ddim_uniform", positive, empty,
         noise, 0, 10000, "disable",
     )[0]["samples"]  # fmt: skip
     guider = outputs(custom.CFGGuider, on, positive, empty, bench.guidance)[0]
@@ -212,6 +217,7 @@ def test_a_longer_negative(method, bench):
     half = [[long[0][0][:, :77], long[0][1]]]
     twice = [[torch.cat([half[0][0], half[0][0]], 1), long[0][1]]]
     # Attention over a text and over the same text twice is one and the same.
+    twice, half = (bench.away(positive, text) for text in (twice, half))
     assert differ(bench.sample(on, positive, negative=twice), bench.sample(on, positive, negative=half)) < 1e-3
 
 
@@ -250,7 +256,7 @@ def test_interrupt_leaves_nothing_behind(method, bench, plain):
 
     def cancel(_, args):
         calls.append(args)
-        if len(calls) == 5:
+        if len(calls) == bench.steps - 1:
             comfy.model_management.interrupt_current_processing()
 
     handle = bench.model.model.diffusion_model.register_forward_pre_hook(cancel)

@@ -1,5 +1,7 @@
 """The UNets of SD 2.x and SDXL, small and random: other layers, other conditioning, the same promises."""
 
+from dataclasses import replace
+
 import comfy.model_patcher
 import comfy.samplers
 import comfy.supported_models
@@ -18,6 +20,10 @@ from attune.attention_patches.values import Window
 from attune.demo.model import _initialise
 from attune.inversion import host as runs
 from attune.inversion import null_text
+from attune.inversion.trajectory import Trajectory
+from attune.nodes.fusion import NOISES, AttuneIntermediate, AttuneMaskedFusion, AttuneSourceFusion
+
+from .bench import adapter, outputs
 
 CPU = torch.device("cpu")
 COMMON = {
@@ -75,9 +81,9 @@ def conditioning(seed, prompt):
     return [[torch.randn(1, 77, 48), {"pooled_output": torch.randn(1, 1280), patches.PROMPT: prompt}]]
 
 
-def sample(model, positive, sigmas, start, guidance, path=None):
+def sample(model, positive, sigmas, start, guidance, path=None, negative=None):
     guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, conditioning(9, ""))
+    guider.set_conds(positive, conditioning(9, "") if negative is None else negative)
     guider.set_cfg(guidance)
 
     def keep(step, x0, x, total):
@@ -175,3 +181,84 @@ def test_inversion(family):
         recorder = patches.recording(model, lambda place, own, heads: seen.append(place.layer))
         runs.walk(recorder, conditioning(1, "x"), torch.randn(1, 4, 16, 12), sigmas, lambda d, x, report: d(x, 1.0))
         assert len(set(seen)) == len(seen) == 2 * family[1]
+
+
+class Decoded:
+    """In the place of a VAE, which none of these families has at this size."""
+
+    def decode(self, samples):
+        return samples.movedim(1, -1)
+
+
+FUSED = 0.0, 1.0, 2  # start, end, layer
+
+
+@pytest.fixture(scope="module")
+def drawn(family):
+    """A trajectory that a family drew without guidance, and texts for an edit of it."""
+    model, _ = family
+    with torch.inference_mode():
+        sigmas, source, path = runs.schedule(model, 4, runs.HOST_GRID), conditioning(1, "source"), []
+        start = runs.to_host_scale(model, torch.randn(1, 4, 16, 12) * float(sigmas[0]))
+        sample(model, source, sigmas, start, 1.0, path)
+        trajectory = Trajectory(sigmas, torch.stack(path), 4, runs.describe_model(model), source)
+        return trajectory, conditioning(2, "target"), conditioning(9, "")
+
+
+def fused(made):
+    model, positive, negative, latent, sigmas = made
+    return sample(model, positive, sigmas, latent["samples"], 3.0, negative=negative)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole picture", "mask"])
+def test_source_fusion(family, drawn, masked):
+    """It steers; and with the source's text for target and negative it is the source again."""
+    model, _ = family
+    trajectory, target, empty = drawn
+    mask = torch.zeros(1, 128, 96)
+    mask[:, 40:, 30:] = 1
+    with torch.inference_mode():
+        settings = {"mask": mask if masked else None, "layer": 2}
+        on, off = (
+            outputs(AttuneSourceFusion, model, trajectory, target, empty, start=0.0, end=end, **settings)
+            for end in (1.0, 0.0)
+        )
+        steered, plain = fused(on), fused(off)
+        assert (steered - plain).abs().max() > 1e-3 * plain.std()
+        assert torch.equal(plain, fused((model, *off[1:])))
+        text = trajectory.conditioning
+        same = outputs(AttuneSourceFusion, model, trajectory, text, text, start=0.0, end=1.0, **settings)
+        source = runs.host_latent(trajectory, -1)
+        assert (fused(same) - source).abs().max() < 1e-3 * source.std()
+
+
+def test_masked_fusion(family, drawn):
+    """Each family's other conditionings, such as SDXL's pooled text, go along with every row."""
+    model, _ = family
+    trajectory, target, empty = drawn
+    mask = torch.zeros(1, 128, 96)
+    mask[:, 40:, 30:] = 1
+    with torch.inference_mode():
+        other = replace(trajectory, latents=trajectory.latents.flip(-1), conditioning=target, negative=empty)
+        made = outputs(AttuneMaskedFusion, model, trajectory, other, mask, *FUSED)
+        steered, plain = fused(made), fused((model, *made[1:]))
+        assert (steered - plain).abs().max() > 1e-3 * plain.std()
+
+
+def test_an_adapter_of_another_family_is_refused(family, drawn):
+    """By its widths, and by its layout where they are right."""
+    model, _ = family
+    trajectory, target, empty = drawn
+    three = len(model.model.diffusion_model.channel_mult) == 3
+
+    def intermediate(control):
+        return outputs(
+            AttuneIntermediate, model, trajectory, target, empty, control, torch.zeros(1, 128, 96, 3),
+            torch.ones(1, 16, 12), Decoded(), 0, 3.0, 1.0, 0.0, 1.0, "both", NOISES[0], *FUSED,
+        )  # fmt: skip
+
+    for channels, xl in (((320, 640, 1280, 1280), False), ((320, 640, 1280, 1280), True)):
+        with pytest.raises(ValueError, match=r"The CONTROL_NET is a T2I-Adapter of widths \[320.* Attune Intermediate"):
+            intermediate(adapter(channels=channels, xl=xl))
+    with pytest.raises(ValueError, match="T2I-Adapter"):  # the right widths in the other family's layout
+        intermediate(adapter(channels=(32, 64, 64, 64) if three else (32, 32, 64, 64), xl=not three))

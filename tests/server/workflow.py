@@ -97,6 +97,12 @@ IN_THE_DEMO = {  # what the workflows say, and what is said in its place
     "pink dress": "red circle",
     "pink dress on a wooden table": "red circle on a white background",
     "on a wooden table": "on a white background",
+    "a drawing of a girl in a wide pink dress on a green hill": "a red star and a blue square on a gray background",
+    "a drawing of a girl in a wide pink dress beside a tree on a green hill": (
+        "a red star and a blue heart on a gray background"
+    ),
+    "a red dress on a green hill": "a yellow circle on a gray background",
+    "a yellow dress on a green hill": "a yellow star on a gray background",
     "dress": "circle",
     "girl": "circle",
     "jumping girl": "star",
@@ -108,7 +114,17 @@ IN_THE_DEMO = {  # what the workflows say, and what is said in its place
     "snowy: 0": "green: 0",
     "": "",
 }
+STAR, HEART = "a red star and a blue square on a gray background", "a red circle and a blue heart on a gray background"
+PAINTED = {  # what the user paints into Load Image, by its title: the place of this edit, or its lines there
+    "Picture, the place painted": (STAR, False),
+    "New outline, painted": (STAR, True),
+    "Second place, painted": (HEART, False),
+    "Second outline, painted": (HEART, True),
+}
+GROW = 6  # how far such a place reaches around the things, in pixels
 LEARNING = "AttuneDynamicPrompt"
+FUSION = {"AttuneMaskedFusion", "AttuneSourceFusion"}
+ADAPTER = "attune_demo_sketch_adapter.safetensors"
 AT_GUIDANCE_2 = {"AttuneFreePromptEditing", "AttuneMutualSelfAttention", "AttuneContextPreserving", LEARNING}
 WRITTEN = {
     "value", "text", "source_prompt", "target_prompt", "prompt", "words", "mask_word", "inside", "outside", "preserve",
@@ -120,6 +136,7 @@ WRITTEN = {
 def in_the_demo_world(prompt: dict) -> dict:
     """The same workflow on the demo model and a picture with a known answer."""
     edits, caption = {node["class_type"] for node in prompt.values()}, caption_of(prompt)
+    paint(prompt)
     for node in prompt.values():
         kind, inputs = node["class_type"], node["inputs"]
         if kind == "CheckpointLoaderSimple":
@@ -132,8 +149,12 @@ def in_the_demo_world(prompt: dict) -> dict:
             inputs["self_end"] = 0.8
         elif kind == "SamplerCustom" and edits & AT_GUIDANCE_2:
             inputs["cfg"] = 2.0  # what suits the demo model's edits
-        elif kind == "AttuneDDIMInversion" and LEARNING in edits:
+        elif kind == "AttuneDDIMInversion" and {LEARNING, *FUSION} & edits:
             inputs["steps"] = 8
+        elif kind == "ControlNetLoader":
+            inputs["control_net_name"] = ADAPTER
+        elif FUSION & edits and {"cfg", "guidance"} & set(inputs):
+            inputs.update({name: 3.0 for name in ("cfg", "guidance") if name in inputs})
         elif kind == "AttuneNullTextInversion":  # comes out alike in half the time
             inputs.update(inner_steps=5, learning_rate=0.02)
         elif kind == LEARNING:  # few updates, and large ones
@@ -148,6 +169,33 @@ def in_the_demo_world(prompt: dict) -> dict:
         if "filename_prefix" in inputs:
             inputs["filename_prefix"] = "demo_" + inputs["filename_prefix"]
     return prompt
+
+
+def paint(prompt: dict):
+    """Puts the true places and lines where the workflow reads what a user painted."""
+    sockets = {}
+    for node, entry in list(prompt.items()):
+        if entry["class_type"] != "LoadImage" or entry["_meta"]["title"] not in PAINTED:
+            continue
+        text, lines = PAINTED[entry["_meta"]["title"]]
+        edit = {"caption": SOURCE, "seed": SEED, "size": SIDE, "edited_caption": text, "grow": GROW}
+        true = add(prompt, "AttuneDemoEdit", **edit)[0]
+        place = sockets[node] = [true, 1]
+        if lines:
+            drawn = add(prompt, "ImageToMask", image=[true, 2], channel="red")
+            inside = {"x": 0, "y": 0, "operation": "multiply"}
+            sockets[node] = add(prompt, "MaskComposite", destination=drawn, source=place, **inside)
+    for entry in prompt.values():
+        for name, value in entry["inputs"].items():
+            if isinstance(value, list) and value[0] in sockets and value[1] == 1:
+                entry["inputs"][name] = sockets[value[0]]
+
+
+def add(prompt: dict, kind: str, **inputs) -> list:
+    """A socket of a node more."""
+    number = str(1 + max(map(int, prompt), default=0))
+    prompt[number] = {"class_type": kind, "inputs": inputs, "_meta": {"title": f"{kind} {number}"}}
+    return [number, 0]
 
 
 def caption_of(prompt: dict) -> str:

@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -108,6 +110,7 @@ def test_caption_back_to_scene():
         ("a red star on a red background", "would not be seen"),
         ("a star left of", "names one object"),
         ("a big star and a red ring", "only one alone"),
+        ("a small red circle", "only one of two is small"),
     ],
 )
 def test_captions_from_outside_are_refused(text, word):
@@ -143,3 +146,117 @@ def test_checker_sees_what_is_wrong():
     assert marks(scenes.edit_background(source, "white")) == {"background", "everything"}
     extra = scenes.scene("gray", *source.things, scenes.thing("square", "red", y=0.85, r=0.1))
     assert marks(extra) == {"nothing surplus", "everything"}
+
+
+# ---- edits by caption --------------------------------------------------------------------------------------------
+
+PAIR = "a red circle and a striped blue square on a gray background"
+
+
+def of_caption(text, seed=0):
+    return scenes.scene_from_caption(text, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "a red star and a striped blue square on a gray background",
+        "a red circle and a dotted yellow heart on a gray background",
+        "a red circle and a striped blue square on a white background",
+        "a green ring and a blue square on a pink background",
+    ],
+)
+def test_a_caption_changes_what_it_says(after):
+    source = of_caption(PAIR)
+    edited = scenes.edit_by_caption(source, after)
+    assert scenes.caption(edited) == after
+    for old, new in zip(source.things, edited.things, strict=True):
+        assert (new.x, new.y, new.r, new.angle) == (old.x, old.y, old.r, old.angle)
+        assert (new.rgb == old.rgb) == (new.color == old.color)  # an exact hue stays with its name
+    assert (edited.background_rgb == source.background_rgb) == (edited.background == source.background)
+    assert scenes.edit_by_caption(source, PAIR) == source
+
+
+def test_what_a_caption_leaves_open_stays():
+    source = of_caption(PAIR)
+    edited = scenes.edit_by_caption(source, "a star and a striped square")
+    assert scenes.caption(edited) == "a red star and a striped blue square on a gray background"
+    assert edited.background_rgb == source.background_rgb and edited.things[0].rgb == source.things[0].rgb
+
+
+@pytest.mark.parametrize(
+    "after, kept",
+    [
+        ("a red circle on a gray background", 0),
+        ("a striped blue square on a gray background", 1),
+        ("a green square", 1),
+        ("a red heart", 0),
+    ],
+)
+def test_the_thing_that_a_caption_leaves_out_goes(after, kept):
+    source = of_caption(PAIR)
+    edited = scenes.edit_by_caption(source, after)
+    assert len(edited.things) == 1
+    assert (edited.things[0].x, edited.things[0].y) == (source.things[kept].x, source.things[kept].y)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_further_thing_is_added_where_there_is_room(seed):
+    source = of_caption("a red circle on a gray background", seed)
+    try:
+        edited = scenes.edit_by_caption(source, "a red circle and a dotted star on a gray background")
+    except ValueError as refused:
+        assert "no room" in str(refused) and source.things[0].r > 0.25
+        return
+    assert edited.things[0] == source.things[0]
+    new = edited.things[1]
+    assert (new.shape, new.pattern) == ("star", "dotted") and new.color not in ("red", "gray")
+    masks = scenes.render(edited)[1]
+    assert (masks.sum(0) <= 1).all() and masks[:, [0, -1]].max() == 0 and masks[:, :, [0, -1]].max() == 0
+    assert masks[1].sum() > 100
+
+
+def test_most_scenes_of_one_thing_have_room():
+    added = 0
+    for source in draws(60, objects=1):
+        with contextlib.suppress(ValueError):
+            added += len(scenes.add_thing(source, "cross", scenes.free_color(source)).things) == 2
+    assert added > 40
+
+
+def test_no_room_is_said():
+    full = scenes.scene("gray", scenes.thing("square", "red", r=0.42))
+    with pytest.raises(ValueError, match="no room for a green ring .* Attune Demo Edit"):
+        scenes.add_thing(full, "ring", "green")
+
+
+@pytest.mark.parametrize(
+    "text, word", [("a red cat", "cat"), ("a star and a star and a star", "3 objects"), ("gray", "0 objects")]
+)
+def test_edits_that_no_scene_can_show_are_refused(text, word):
+    with pytest.raises(ValueError, match=word):
+        scenes.edit_by_caption(of_caption(PAIR), text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a gray star and a blue square", "a gray circle", "a circle and a striped square on a blue background"]
+)
+def test_a_thing_in_the_backgrounds_colour_is_refused(text):
+    with pytest.raises(ValueError):
+        scenes.edit_by_caption(of_caption(PAIR), text)
+
+
+def test_what_changed_is_the_old_thing_and_the_new():
+    source = of_caption(PAIR)
+    masks = scenes.render(source)[1]
+    starred = scenes.edit_by_caption(source, "a red star and a striped blue square on a gray background")
+    new = scenes.render(starred)[1]
+    found = scenes.changed(source, starred)
+    assert np.array_equal(found, np.maximum(masks[0], new[0])) and found.dtype == np.float32
+    assert np.array_equal(scenes.changed(source, scenes.remove_thing(source, 1)), masks[1])
+    assert not scenes.changed(source, source).any()
+    assert (scenes.changed(source, scenes.edit_background(source, "white"), 64) == np.ones((64, 64))).all()
+    # Outside it the two pictures are one.
+    before, after = scenes.render(source)[0], scenes.render(starred)[0]
+    assert np.array_equal(before[found == 0], after[found == 0])
+    assert (before != after).any(-1)[found == 1].any()

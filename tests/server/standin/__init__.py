@@ -16,6 +16,7 @@ from comfy.ldm.modules import attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer
 from comfy.supported_models_base import ClipTarget
+from comfy.t2i_adapter import adapter as t2i
 from comfy.taesd.taesd import TAESD
 from safetensors.torch import save_file
 
@@ -107,6 +108,13 @@ def control_net(random):
     return filled(net, "", random)
 
 
+def t2i_adapter():
+    """SD 1.5's T2I-Adapter for sketches, in its own file layout, name and widths; a zero of each tensor is on disk."""
+    with torch.device("meta"):
+        net = t2i.Adapter([320, 640, 1280, 1280], nums_rb=2, cin=64, ksize=1, sk=True, use_conv=False, xl=False)
+    return {name: torch.zeros(1, dtype=torch.float16).expand(t.shape) for name, t in net.state_dict().items()}
+
+
 class Adapter:
     """What IP-Adapter packs put into an attention slot: it adds to the attention and takes further callbacks."""
 
@@ -147,3 +155,4 @@ comfy.supported_models.models.insert(0, StandIn)
 save("checkpoints", NAME, checkpoint(torch.Generator().manual_seed(0)))
 save("loras", "demo.safetensors", lora(torch.Generator().manual_seed(0)))
 save("controlnet", "demo.safetensors", control_net(torch.Generator().manual_seed(0)))
+torch.save(t2i_adapter(), Path(folder_paths.get_folder_paths("controlnet")[0]) / "t2iadapter_sketch_sd15v2.pth")
