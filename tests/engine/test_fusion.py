@@ -638,7 +638,7 @@ def test_a_second_edit_on_the_model(small, small_led):
     """A second fusion reads other runs under the same names, and edits of words find no prompt of theirs."""
     edited = small_led.fused[0]
     for again in (
-        lambda: small.masked_fusion(small_led.intermediate, model=edited),
+        lambda: small.masked_fusion(small_led.made, model=edited),
         lambda: small.source_fusion(model=edited),
         lambda: small.intermediate((1.0, 1.0, 10), model=edited),
     ):
