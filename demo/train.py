@@ -175,6 +175,19 @@ def alphas_bar():
     return torch.cumprod(1 - beta, 0).float().to(DEVICE)
 
 
+def weights_of_time(bar):
+    """Min-SNR-5: how much the squared error at each of 1000 times counts."""
+    snr = bar / (1 - bar)
+    return snr.clamp(max=5) / snr
+
+
+def object_error(predicted, noise, masks):
+    """The squared error of each picture (B,), six times as much on its objects as elsewhere."""
+    focus = 1 + 5 * F.max_pool2d(masks.amax(1, keepdim=True), 3, 1, 1)
+    focus = focus / focus.mean((1, 2, 3), keepdim=True)
+    return ((predicted - noise).square() * focus).mean((1, 2, 3))
+
+
 def plain_attention(_kernel, q, k, v, heads, *_args, **_kwargs):
     b, _, c = q.shape
     q, k, v = (t.view(b, -1, heads, c // heads).transpose(1, 2) for t in (q, k, v))
@@ -271,7 +284,7 @@ def train_unet(args):
     torch.manual_seed(args.seed + step)  # a resumed run draws other scenes and noise
     rng = np.random.default_rng([args.seed, step])
     bar = alphas_bar()
-    weight_t = torch.minimum(bar / (1 - bar), torch.tensor(5.0, device=DEVICE)) / (bar / (1 - bar))
+    weight_t = weights_of_time(bar)
     chapter, begin, first, mean = None, time.time(), step, None
     names, parameters = zip(*model.named_parameters(), strict=True)
     averaged = [ema[n] for n in names]
@@ -296,11 +309,8 @@ def train_unet(args):
         a = bar[t][:, None, None, None]
         collector = MapCollector()
         predicted = model(a.sqrt() * z + (1 - a).sqrt() * noise, t.float(), tokens, collector)
-        focus = 1 + 5 * F.max_pool2d(masks.amax(1, keepdim=True), 3, 1, 1)
-        focus = focus / focus.mean((1, 2, 3), keepdim=True)
-        error = ((predicted - noise).square() * focus).mean((1, 2, 3))
         loss_map = attention_loss(collector.maps, masks, owners, (t <= 750).float())
-        loss = (error * weight_t[t]).mean() + args.attention * loss_map
+        loss = (object_error(predicted, noise, masks) * weight_t[t]).mean() + args.attention * loss_map
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -408,7 +418,7 @@ def train_adapter(args):
     torch.manual_seed(args.seed + step)
     rng = np.random.default_rng([args.seed, 7, step])
     bar, chapter, begin, first, mean = alphas_bar(), None, time.time(), step, None
-    weight_t = torch.minimum(bar / (1 - bar), torch.tensor(5.0, device=DEVICE)) / (bar / (1 - bar))
+    weight_t = weights_of_time(bar)
     names, parameters = zip(*adapter.named_parameters(), strict=True)
     averaged = [ema[n] for n in names]
 
@@ -418,8 +428,9 @@ def train_adapter(args):
                     "minutes": spent}, path)  # fmt: skip
         about = {"command": "dev.py train " + " ".join(sys.argv[1:]), "steps": str(step), "minutes": f"{spent:.0f}",
                  "for": WEIGHTS.name}  # fmt: skip
-        ADAPTER.parent.mkdir(exist_ok=True)
-        save_file({k: v.half().contiguous().cpu() for k, v in ema.items()}, ADAPTER, metadata=about)
+        out = RUN / ADAPTER.name if args.variant else ADAPTER
+        out.parent.mkdir(exist_ok=True)
+        save_file({k: v.half().contiguous().cpu() for k, v in ema.items()}, out, metadata=about)
 
     while (done := (time.time() - begin) / (60 * args.minutes)) < 1:
         if (step - first) % args.chapter_steps == 0:
@@ -438,10 +449,7 @@ def train_adapter(args):
             a.sqrt() * z + (1 - a).sqrt() * noise, t.float(), model.text(tokens), control=features,
             transformer_options=options,
         )  # fmt: skip
-        focus = 1 + 5 * F.max_pool2d(masks.amax(1, keepdim=True), 3, 1, 1)
-        focus = focus / focus.mean((1, 2, 3), keepdim=True)
-        error = ((predicted - noise).square() * focus).mean((1, 2, 3))
-        loss = (error * weight_t[t]).mean()
+        loss = (object_error(predicted, noise, masks) * weight_t[t]).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
