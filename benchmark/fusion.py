@@ -20,7 +20,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import comfy.samplers
 import comfy.utils
 import comfy_extras.nodes_custom_sampler as custom
 import numpy as np
@@ -160,9 +159,6 @@ class Room:
         self.adapter = call(stock.ControlNetLoader, ADAPTER.name)[0]
         self.empty = self.bench.text("")
 
-    def noise(self, seed):
-        return {"samples": torch.zeros(1, 4, 16, 16)}, seed
-
     def adapted(self, prompt, sketch, strength=1.0):
         """Positive and negative under the adapter."""
         return call(
@@ -261,6 +257,10 @@ def runs_of(studio, drawn, name, guidance):
     return list(zip(plain, learned, empty, strict=True))
 
 
+def save_sheet(name, pictures, columns):
+    save(name, [torch.from_numpy(np.ascontiguousarray(p)) for p in pictures], columns)
+
+
 # ---- the parts ---------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +282,7 @@ def fidelity(room, count, seed):
             grade = {k: 100.0 * v for k, v in checker.grade(picture, one).items()}
             found.setdefault(name, []).append({"outline IoU": float(np.mean(best)), **grade})
             shown += [sketch[0].numpy(), picture] if strength else [picture]
-    save("fusion_adapter.png", [torch.from_numpy(np.ascontiguousarray(p)) for p in shown[:48]], 6)
+    save_sheet("fusion_adapter.png", shown[:48], 6)
     return {name: average(rows) for name, rows in found.items()}
 
 
@@ -328,7 +328,7 @@ def edits(room, count, seed, methods=METHODS):
                 strip.append(picture)
             sheets[kind] += strip if i < 6 else []
             log.info("%s %d of %d", kind, i + 1, len(tasks))
-        save(f"fusion_{kind}.png", [torch.from_numpy(np.ascontiguousarray(p)) for p in sheets[kind]], len(strip))
+        save_sheet(f"fusion_{kind}.png", sheets[kind], len(strip))
     table = {kind: {method: average(marks) for (k, method), marks in found.items() if k == kind} for kind in KINDS}
     return {**table, "all": {m: average([x for k in KINDS for x in found[k, m]]) for m in (TRUTH, *methods)}}
 
@@ -347,7 +347,7 @@ def noises(room, count, seed):
                 for what, picture in zip(("intermediate", "target"), pair, strict=True):
                     found.setdefault(f"{what}, {noise}", []).append(mark(task, picture, source))
                 sheet += pair
-    save("fusion_noise.png", [torch.from_numpy(np.ascontiguousarray(p)) for p in sheet], 8)
+    save_sheet("fusion_noise.png", sheet, 8)
     return {name: average(rows) for name, rows in found.items()}
 
 
@@ -381,7 +381,7 @@ def regions(room, count, seed, grows=(-4, 0, GROW, 16, 32, 128)):
                     mark(task, picture, source) | {"mask %": 100 * float(sized.mask.mean())}
                 )
                 sheet.append(picture)
-    save("fusion_region.png", [torch.from_numpy(np.ascontiguousarray(p)) for p in sheet], len(grows) + 1)
+    save_sheet("fusion_region.png", sheet, len(grows) + 1)
     return {name: average(rows) for name, rows in found.items()}
 
 
@@ -411,7 +411,7 @@ def turns(room, count, seed):
             union |= task.mask[0].numpy() > 0
             given = room.fuse(task, ours, i)[2]
             model, positive, negative, latent, sigmas = given
-            euler = comfy.samplers.sampler_object("euler")
+            euler = host.euler()
             edited = call(invert.AttuneRecordTrajectory, model, False, 0, room.guidance, positive, negative, euler,
                           sigmas, latent)[0]  # fmt: skip
             ours, shown, done, _ = call(fusion.AttuneNextTurn, ours, edited, task.mask, first, room.bench.vae, 4, done)
@@ -436,7 +436,7 @@ def turns(room, count, seed):
             strips[1].append(decoded[0].clamp(0, 1).numpy())
         sheet += strips[0] + strips[1]
         log.info("turns of scene %d: %s", i + 1, {k: v[-1] for k, v in found.items()})
-    save("fusion_turns.png", [torch.from_numpy(np.ascontiguousarray(p)) for p in sheet], 6)
+    save_sheet("fusion_turns.png", sheet, 6)
     return {name: average(rows) for name, rows in found.items()}
 
 

@@ -49,6 +49,7 @@ UNET = {
     "use_temporal_attention": False,
     "legacy": False,
 }
+ADAPTER_CHANNELS = [UNET["model_channels"] * multiple for multiple in (1, 2, 4, 4)]  # of a stock T2I-Adapter
 VOCABULARY = 49408  # of CLIP's tokenizer
 CLIP = {
     "hidden_size": TEXT_WIDTH,
@@ -108,16 +109,13 @@ def _fold(unet, args, kwargs):
 
 def take_adapters(unet):
     """Lets the UNet take a stock T2I-Adapter, whose widths double where SD's do: the demo model's double later."""
-    width = UNET["model_channels"]
-    unet.adapter_channels = [width, 2 * width, 4 * width, 4 * width]
+    unet.adapter_channels = ADAPTER_CHANNELS
     unet.register_forward_pre_hook(_fold, with_kwargs=True)
 
 
 def build_adapter():
     """The host's own T2I-Adapter for hints of one channel, at the demo model's width, that adds nothing yet."""
-    width = UNET["model_channels"]
-    channels = [width, 2 * width, 4 * width, 4 * width]
-    net = Adapter(channels=channels, nums_rb=2, cin=64, ksize=1, sk=True, use_conv=False, xl=False)
+    net = Adapter(channels=ADAPTER_CHANNELS, nums_rb=2, cin=64, ksize=1, sk=True, use_conv=False, xl=False)
     for name, parameter in net.named_parameters():
         if name.startswith("conv_in") or "block2" in name or name.endswith("in_conv.bias"):
             nn.init.zeros_(parameter)
