@@ -8,6 +8,8 @@ target's patched layers hand the controllers q, k, v of both. There are two ways
 - beside a ControlNet, other packs' patches and caches, on little memory, or where only the first layers are read, each
   reference runs before the target in a call of its own, which ends at the last place that anything reads.
 
+With a :class:`FeatureCache` on the MODEL it is always the second way, and a reference that was read before is not run.
+
 Host facts used (checked on 0.3.52 and 0.3.75): wrappers OUTER_SAMPLE, PREDICT_NOISE, CALC_COND_BATCH, APPLY_MODEL;
 `patches_replace` for attn1 and attn2; extra `model_conds` travel with their rows and know how to `concat`;
 `transformer_options` keys block, block_index, activations_shape, n_heads, sample_sigmas; `get_area_and_mult`,
@@ -17,9 +19,11 @@ ids and its vocabulary's letters.
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import re
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import comfy.sampler_helpers
@@ -35,6 +39,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import nodes as stock
 
 from .controller import Controller
+from .feature_cache import FeatureCache
 from .local_blend import blend
 from .maps import nearest
 from .reference import Spec
@@ -48,6 +53,7 @@ RUN = "attune_run"  # in transformer_options while sampling: what this run has g
 PROMPT = "attune_prompt"  # in a conditioning's dictionary: the prompt it was encoded from
 TEXT, SEED = "attune_text", "attune_seed"  # there too: what a part is drawn from, for people to read
 END = 49407  # CLIP's end token, which also pads
+CACHE = "attune_cache"  # in transformer_options: the FeatureCache that the user put on MODEL, if any
 RIDERS = "attune_riders"  # in transformer_options: references that are to be rows of the target's call
 ROLE = "attune_role"  # among a conditioning's model_conds: which edit its rows belong to, or one of these two
 NONE, NEGATIVE = 0, -1  # a part's negative rows have the part's role below zero, less this one
@@ -341,6 +347,15 @@ def install(model, references, controllers=(), blends=()):
     return model
 
 
+def keep_features(model, limit, tell):
+    """A clone of MODEL whose edits keep at most ``limit`` bytes of their sources' features, and read them from there;
+    ``tell(text)`` says how full it is after each sampling. Raises ValueError for a MODEL that cannot be edited."""
+    check_plain(model)
+    model = model.clone()
+    model.model_options["transformer_options"][CACHE] = FeatureCache(limit, tell)
+    return model
+
+
 def source_of_words(model, prompt):
     """The reference that MODEL's edit of words to ``prompt`` reads, or None where it carries no such edit."""
     spec = model.model_options["transformer_options"].get(KEY, Spec())
@@ -353,7 +368,7 @@ def source_of_words(model, prompt):
 
 def _outer_sample(executor, *args, **kwargs):
     options = executor.class_obj.model_options["transformer_options"]
-    run = options[RUN] = _Run(options[KEY])
+    run = options[RUN] = _Run(options[KEY], options.get(CACHE))
     try:
         latent = executor(*args, **kwargs)
         run.log(latent)
@@ -418,8 +433,11 @@ def _edit_of(cond):
 class _Run:
     """What one sampling gathers: the references' prepared conditionings, this step's q, k, v, the blends' maps."""
 
-    def __init__(self, spec):
+    def __init__(self, spec, cache=None):
         self.spec = spec
+        self.cache = cache
+        self.sources = {}  # reference name -> its key in the cache, None for one that has none
+        self.passes, self.spared, self.full = 0, 0, False  # source passes wanted, and not run; whether the cache was
         self.ready = False
         self.conds = {}
         self.layers = []
@@ -434,6 +452,10 @@ class _Run:
         self.found = {}  # controller -> step -> the mask (B, h, w) that its refinement found
 
     def close(self):
+        if self.cache is not None and self.passes:
+            held, limit = (f"{size / 1e6:.0f}" for size in (self.cache.size, self.cache.limit))
+            text = f"{held} of {limit} MB kept in RAM; {self.spared} of {self.passes} source passes were not run"
+            self.cache.tell(text + ("; raise limit_mb to keep more" if self.full else ""))
         self.lookout = Lookout()
         for cond in (c for conds in self.conds.values() for c in conds if "control" in c):
             cond["control"].cleanup()
@@ -530,6 +552,8 @@ class _Run:
             picture = reference.latents[-1].to(x)  # models with an inpainting input want to see one
             conds = comfy.samplers.process_conds(guider.inner_model, x, conds, x.device, latent_image=picture)
             self.conds[reference.name] = conds["positive"]
+        if self.cache is not None:
+            self.sources = {r.name: _fingerprint(r, guider.model_patcher) for r in self.spec.references}
         unet = guider.inner_model.diffusion_model
         grids = _grids(unet, *x.shape[2:])
         self.layers = list(grids)
@@ -563,17 +587,14 @@ class _Run:
         """
         if not self.read:
             return {}
-        options, sigma = model_options["transformer_options"], self.sigma
+        sigma = self.sigma
         active = [[c for c in group if _holds(c, sigma)] for group in conds if group is not None]
         ours = [c for name in self.read for c in self.conds[name] if _holds(c, sigma)]
         every = [c for group in active for c in group] + ours
         alone = (
-            any(layers[-1][1:3] != list(self.places)[-1][1:3] for layers in self.read.values())
-            or "model_function_wrapper" in model_options
-            or any(options.get("patches", {}).values())
-            or any(options.get("patches_replace", {}).values())
-            # The recorder's wrapper, too, is this pack's.
-            or any(not str(key).startswith(KEY) for table in options.get("wrappers", {}).values() for key in table)
+            self.cache is not None
+            or any(layers[-1][1:3] != list(self.places)[-1][1:3] for layers in self.read.values())
+            or _others_work(model_options)
             or any(set(c) & NOT_IN_ROWS for c in every)
             or any(set(c["model_conds"]) - {ROLE} != set(ours[0]["model_conds"]) for c in every)
             or any(type(kind) not in IN_ROWS for c in every for kind in c["model_conds"].values())
@@ -601,16 +622,33 @@ class _Run:
             return  # a second pass at one step, such as perturbed attention's, reads the same
         # Caching packs skip passes from these two wrappers; a reference must never be skipped.
         skipping = (WrappersMP.CALC_COND_BATCH, WrappersMP.DIFFUSION_MODEL)
+        cached = self.cache is not None and not _others_work(model_options)
         options = dict(model_options["transformer_options"])
         options["wrappers"] = {k: v for k, v in options["wrappers"].items() if k not in skipping}
         model_options = {**model_options, "transformer_options": options}
         for reference in (r for r in self.spec.references if r.name in self.read):
             store = self.features.setdefault(reference.name, {})
+            self.passes += 1
+            if cached and self.recall(reference.name, store, x.device):
+                continue
             latent = reference.latent(self.sigma).to(x)
             patched = _patched(self.layers, model_options, _CapturePatch(self, reference.name, store))
             conds = [self.conds[reference.name]]
             with contextlib.suppress(_ReadAll):
                 comfy.samplers.calc_cond_batch(model, conds, latent, timestep[: len(latent)], patched)
+            if cached and self.sources[reference.name] is not None:
+                others = [s for s in self.sources.values() if s is not None]
+                self.full |= not self.cache.keep(self.sources[reference.name], self.sigma, store, others)
+
+    def recall(self, name, store, device):
+        """Puts what the cache has of a reference at this sigma into ``store``; False where it lacks any of it."""
+        source = self.sources[name]
+        kept = None if source is None else self.cache.find(source, self.sigma, self.read[name])
+        if kept is None:
+            return False
+        store.update((layer, QKV(*(t.to(device, non_blocking=True) for t in one))) for layer, one in kept.items())
+        self.spared += 1
+        return True
 
     def blend(self, x, clean, sigma):
         """The clean prediction with the source in it wherever a blend keeps the edit out."""
@@ -634,6 +672,42 @@ class _Run:
 # What a conditioning may carry that cannot be one call's rows with others, and what can.
 NOT_IN_ROWS = {"control", "hooks", "gligen", "default", "area"}
 IN_ROWS = (CONDRegular, CONDCrossAttn)
+
+
+def _others_work(model_options):
+    """Whether other packs have put anything on the MODEL that works in its calls."""
+    options = model_options["transformer_options"]
+    return (
+        "model_function_wrapper" in model_options
+        or any(options.get("patches", {}).values())
+        or any(options.get("patches_replace", {}).values())
+        # The recorder's wrapper, too, is this pack's.
+        or any(not str(key).startswith(KEY) for table in options.get("wrappers", {}).values() for key in table)
+    )
+
+
+def _fingerprint(reference, patcher):
+    """All that a reference's features follow from, but for the noise level: its latents and texts, the MODEL's weights
+    and what replaces parts of it. None for a reference under a ControlNet, hooks or the like."""
+    found = hashlib.sha256()
+
+    def take(value):
+        if isinstance(value, dict):
+            return all([take(key) and take(one) for key, one in sorted(value.items())])
+        if isinstance(value, list | tuple):
+            return all([take(one) for one in value])
+        if torch.is_tensor(value):
+            found.update(repr((value.shape, value.dtype)).encode())
+            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            return True
+        found.update(repr(value).encode() + b";")
+        return value is None or isinstance(value, str | int | float)
+
+    known = take([reference.sigmas, reference.latents, reference.steps, reference.conditioning])
+    # The objects themselves, since the number of one that is gone may be another's.
+    replaced = patcher.object_patches.items()
+    known = known and all(isinstance(value, Hashable) for _, value in replaced)
+    return (found.hexdigest(), patcher.patches_uuid, frozenset(replaced)) if known else None
 
 
 def _holds(cond, sigma):

@@ -1,6 +1,6 @@
 """What a user sees: schemas, checks of arguments, one call below. One file per family, no maths."""
 
-from . import demo, edit, fusion, invert, mask, self_attention, tokens, trajectory, view
+from . import cache, demo, edit, fusion, invert, mask, self_attention, tokens, trajectory, view
 
-FAMILIES = (invert, trajectory, edit, self_attention, fusion, mask, tokens, view, demo)
+FAMILIES = (invert, trajectory, edit, self_attention, fusion, cache, mask, tokens, view, demo)
 NODES = [node for family in FAMILIES for node in family.NODES]

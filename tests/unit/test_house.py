@@ -28,7 +28,7 @@ ALLOWED = {
     "attention_patches": {"attention_patches"},
     "inversion": {"inversion"},
     "demo": {"demo"},
-    "benchmark": {"benchmark", "demo", "inversion", "attention_patches", "nodes"},
+    "benchmark": {"benchmark", "demo", "inversion", "attention_patches", "nodes", "tests"},
 }
 
 
