@@ -39,6 +39,7 @@ TITLES = {
     "Attune - Local blend": "pinned source, word swap, with local blend, blend mask, contact sheet",
     "Attune - Preserve an object": "object preserved, every word kept, without attention control, contact sheet",
     "Attune - Free prompt editing": "pinned source, free prompt editing, without attention control, contact sheet",
+    "Attune - Several edits of one picture": "another colour, another background, a third one, contact sheet",
     "Attune - Mutual self-attention": (
         "mask of a word, mutual self-attention, with masks, without attention control, contact sheet"
     ),
@@ -444,6 +445,18 @@ def in_turns(pictures, source):
     assert sees(three, "yellow star") and is_yellow(three)[star].mean() > 0.4 and not is_red(three).any()
 
 
+def edited_three_times(pictures, source):
+    """Each prompt alone is seen in its picture, whoever was the first to read the source."""
+    circle, square = is_red(source), is_blue(source)
+    colour, ground, third = (pictures[title] for title in ("another colour", "another background", "a third one"))
+    for picture in pictures.values():
+        assert picture.shape != source.shape or overlap(is_blue(picture), square) > 0.8
+    assert is_yellow(colour)[circle].mean() > 0.8 and not is_red(colour).any()
+    for picture, wanted in ((ground, (0, 160, 30)), (third, (240, 240, 240))):
+        assert overlap(is_red(picture), circle) > 0.8
+        assert abs(np.median(picture[~circle & ~square], 0) - wanted).max() < 60
+
+
 SHOWN = {
     "Attune - Redraw from a sketch": redrawn,
     "Attune - Redraw without a sketch": redrawn_by_source,
@@ -451,6 +464,7 @@ SHOWN = {
     "Attune - Dynamic prompt learning": learned,
     "Attune - Learned and original words": saved_word,
     "Attune - Free prompt editing": prompt_edited,
+    "Attune - Several edits of one picture": edited_three_times,
     "Attune - Mutual self-attention": same_thing,
     "Attune - Replace an object": replaced,
     "Attune - Remove an object": removed,
