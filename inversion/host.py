@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from . import gradient
 from .ddim import draw, papers_sigmas
 
-VERSION = "0.6.0"  # this pack's, as in pyproject.toml
+VERSION = "0.7.0"  # this pack's, as in pyproject.toml
 
 # Where packs hang functions that bend the prediction after the model has spoken.
 GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
