@@ -37,6 +37,7 @@ from ..inversion.trajectory import LearnedWords, Trajectory, negative_of, step_c
 from ..nodes import edit, invert, sheet
 from .inversion import Clock
 from .live import LiveBytes
+from .metrics import iou_curve
 
 RESULTS = Path(__file__).parent / "dynamic_prompt.json"
 KINDS = ("one colour", "one shape", "strong background")
@@ -179,11 +180,7 @@ def overlaps(batch, seen):
     above each threshold, with the true masks."""
     rows = []
     for mine, masks in zip(seen, batch.masks, strict=True):
-        large = maps.resize(mine, masks.shape[1:])
-        shares = large / large.amax((1, 2), keepdim=True).clamp(min=1e-12)
-        above, true = shares[None] > THRESHOLDS.view(-1, 1, 1, 1), masks[None] > 0.5
-        both, either = (above & true).sum((2, 3)), (above | true).sum((2, 3))
-        rows.append((both / either.clamp(min=1)).mean(1))
+        rows.append(iou_curve(maps.resize(mine, masks.shape[1:]), masks > 0.5, THRESHOLDS))
     return torch.stack(rows)
 
 

@@ -30,9 +30,9 @@ from ..inversion.report import decibels
 from ..inversion.trajectory import Trajectory, negative_of
 from ..nodes import edit, invert
 from . import cost
+from .demo_edits import OVERLAP, look_inside, overlap, pattern_of
 
 MARGIN = 4  # pixels: how far the autoencoder's blur at an outline reaches
-OVERLAP = 0.6  # intersection over union at which an object is in its place
 DDIM, NULL_TEXT = "DDIM", "null-text"
 TRUTH, PLAIN, EDIT, BLEND, EMBEDDING = "truth", "plain", "edit", "edit + blend", "EmbCtrl"
 METHODS = PLAIN, EDIT, BLEND, EMBEDDING
@@ -94,38 +94,10 @@ def draw_scenes(count, seed, pattern, objects=None):
 # ---- what a picture shows ----------------------------------------------------------------------------------------
 
 
-def look_inside(picture, mask):
-    """How much a patch of a picture (H, W, 3) varies beside an even fall of light, and how much in one direction.
-
-    The first is a standard deviation in units of the picture, the second from 0 (dots) to 1 (stripes).
-    """
-    inside = ndimage.binary_erosion(mask > 0.5, iterations=3)
-    inside = inside if inside.sum() > 30 else mask > 0.9
-    pixels = picture[inside]
-    axis = np.linalg.svd(pixels - pixels.mean(0), full_matrices=False)[2][0]
-    field = (picture - pixels.mean(0)) @ axis
-    y, x = np.nonzero(inside)
-    plane = np.stack([np.ones(len(x)), x / len(mask), y / len(mask)], 1)
-    rest = field[inside] - plane @ np.linalg.lstsq(plane, field[inside], rcond=None)[0]
-    gy, gx = np.gradient(ndimage.gaussian_filter(field, 1.0))
-    xx, yy, xy = ((a * b)[inside].sum() for a, b in ((gx, gx), (gy, gy), (gx, gy)))
-    return float(rest.std()), float(np.hypot(xx - yy, 2 * xy) / (xx + yy + 1e-12))
-
-
-def pattern_of(picture, mask):
-    """The pattern of the object under a mask. Right on each of 841 true renders, with room on both sides."""
-    contrast, direction = look_inside(picture, mask)
-    return "plain" if contrast < 0.08 else "striped" if direction > 0.6 else "dotted"
-
-
 def chroma(picture, mask):
     """How colourful a patch is: the mean difference between each pixel's greatest and least channel, 0..1."""
     pixels = picture[mask > 0.99]
     return float((pixels.max(1) - pixels.min(1)).mean())
-
-
-def overlap(a, b):
-    return (a & b).sum() / max(1, (a | b).sum())
 
 
 def succeeded(task, picture):

@@ -32,7 +32,8 @@ from ..demo.measure import RUN, call, save
 from ..demo.model import ADAPTER
 from ..inversion import host
 from ..nodes import demo, edit, fusion, invert, self_attention
-from .editing import OVERLAP, Studio, decibels_in, overlap
+from .demo_edits import OVERLAP, move, overlap
+from .editing import Studio, decibels_in
 from .inversion import Clock
 
 RESULTS = Path(__file__).parent / "fusion.json"
@@ -75,19 +76,6 @@ class Task:
     @property
     def sketch(self):
         return demo.sketch_of(torch.from_numpy(scenes.render(self.target)[1]))
-
-
-def move(scene, rng):
-    """The scene with its first object elsewhere, or None where there is no room."""
-    first, *rest = scene.things
-    for _ in range(200):
-        x, y = rng.uniform(0.2, 0.8, 2)
-        reach = first.r * scenes.REACH[first.shape] + 0.03
-        inside = all(reach < v < 1 - reach for v in (x, y))
-        free = all(np.hypot(x - t.x, y - t.y) > reach + t.r * scenes.REACH[t.shape] for t in rest)
-        if inside and free and np.hypot(x - first.x, y - first.y) > 0.3:
-            return replace(scene, things=(replace(first, x=float(x), y=float(y)), *rest))
-    return None
 
 
 def draw_tasks(count, seed, which):

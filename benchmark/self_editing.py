@@ -29,7 +29,8 @@ from ..inversion import host
 from ..nodes import edit, self_attention
 from ..nodes import mask as mask_nodes
 from . import cost, editing
-from .editing import MARGIN, PLAIN, TRUTH, Studio, Task, decibels_in, overlap
+from .demo_edits import overlap
+from .editing import MARGIN, PLAIN, TRUTH, Studio, Task, decibels_in
 
 COLOUR, SHAPE, BACKGROUND, ADDITION = "colour", "shape", "background", "addition"
 REMOVALS = REMOVAL, EMPTYING = "removal", "removal of the only one"
