@@ -41,6 +41,10 @@ class HostError(RuntimeError):
     """Something about ComfyUI that the developer should read as one message."""
 
 
+class PromptFailed(HostError):
+    """ComfyUI refused a prompt or could not finish it; the server itself is well."""
+
+
 @dataclass(frozen=True)
 class Host:
     """One ComfyUI folder, the Python that runs it and an optional folder of packages that go first there."""
@@ -95,28 +99,144 @@ def stop_cleanly_on_signals() -> None:
             signal.signal(getattr(signal, name), interrupt)
 
 
-class Server:
+class Client:
+    """A ComfyUI that runs at a URL such as http://127.0.0.1:8188, wherever and by whomever it was started."""
+
+    PATIENCE = 60  # seconds in which a server must answer that is asked whether it is still there
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self.asked = 0.0
+        # Proxies from the environment must not see requests to this machine.
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def check_alive(self) -> None:
+        """Raises if the server is gone; asks it now and then, since a broken line looks like a long silence."""
+        if time.monotonic() - self.asked > 10:
+            self.get("/prompt", timeout=self.PATIENCE)
+            self.asked = time.monotonic()
+
+    def log_tail(self) -> str:
+        """The end of the server's log where it can be read, to put behind an error."""
+        return ""
+
+    # -- HTTP ---------------------------------------------------------------------------------------------------
+
+    def request(self, path: str, data: bytes | None = None, kind: str = "application/json", timeout: float = 120):
+        request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": kind} if data else {})
+        with self.opener.open(request, timeout=timeout) as reply:
+            return reply.read()
+
+    def get(self, path: str, timeout: float = 120):
+        return json.loads(self.request(path, timeout=timeout))
+
+    def post(self, path: str, value: dict) -> dict:
+        reply = self.request(path, json.dumps(value).encode())
+        return json.loads(reply) if reply else {}
+
+    def object_info(self) -> dict:
+        return self.get("/object_info")
+
+    def history(self, prompt_id: str) -> dict | None:
+        return self.get(f"/history/{prompt_id}").get(prompt_id)
+
+    def interrupt(self, prompt_id: str | None = None) -> None:
+        self.post("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
+
+    def view(self, image: dict) -> bytes:
+        """The bytes of one entry of a node's `images` output."""
+        return self.request("/view?" + urllib.parse.urlencode(image))
+
+    def upload_image(self, name: str, content: bytes) -> str:
+        """Put an image in ComfyUI's input folder; returns the name for LoadImage."""
+        boundary = secrets.token_hex(16)
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
+        head += "Content-Type: application/octet-stream\r\n\r\n"
+        tail = f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n--{boundary}--\r\n'
+        body = head.encode() + content + tail.encode()
+        return json.loads(self.request("/upload/image", body, f"multipart/form-data; boundary={boundary}"))["name"]
+
+    # -- prompts ------------------------------------------------------------------------------------------------
+
+    def queue(self, prompt: dict, client_id: str = "") -> str:
+        """Post an API prompt and return its id. Any node error is an error here, though ComfyUI may run the rest."""
+        try:
+            reply = self.post("/prompt", {"prompt": prompt, "client_id": client_id})
+        except urllib.error.HTTPError as error:
+            raise PromptFailed(explain_refusal(prompt, error.read())) from None
+        if reply.get("node_errors"):
+            raise PromptFailed(explain_refusal(prompt, json.dumps(reply).encode()))
+        return reply["prompt_id"]
+
+    def run(
+        self, prompt: dict, on_progress: Callable[[str, int, int], None] | None = None, timeout: float = 1800,
+        on_text: Callable[[str, str], None] | None = None,
+    ):  # fmt: skip
+        """Run an API prompt and return its history entry.
+
+        `on_progress` gets node id, step and number of steps; `on_text` node id and what a node says while it works.
+        """
+        client_id = uuid.uuid4().hex
+        deadline = time.monotonic() + timeout
+        with WebSocket(f"{self.url}/ws?clientId={client_id}") as socket_:
+            prompt_id = self.queue(prompt, client_id)
+            while True:
+                if time.monotonic() > deadline:
+                    self.interrupt(prompt_id)
+                    raise PromptFailed(f"The prompt did not finish within {timeout:.0f} s.{self.log_tail()}")
+                self.check_alive()
+                message = socket_.receive(1.0)
+                if isinstance(message, bytes) and message[:4] == TEXT_FRAME and on_text:
+                    end = 8 + int.from_bytes(message[4:8], "big")
+                    on_text(message[8:end].decode(), message[end:].decode())
+                if not isinstance(message, str):
+                    continue
+                event = json.loads(message)
+                data = event.get("data", {})
+                if data.get("prompt_id") != prompt_id:
+                    continue
+                if event["type"] == "progress" and on_progress:
+                    on_progress(data["node"], int(data["value"]), int(data["max"]))
+                elif event["type"] == "executing" and data.get("node") and on_progress:
+                    on_progress(data["node"], 0, 0)
+                elif event["type"] == "execution_error":
+                    where = f"{data.get('node_type')} (node {data.get('node_id')})"
+                    trace = "".join(data.get("traceback") or [])
+                    raise PromptFailed(f"{where} failed: {data.get('exception_message', '').strip()}\n{trace}")
+                elif event["type"] == "execution_interrupted":
+                    raise PromptFailed("The prompt was interrupted.")
+                elif event["type"] == "execution_success":
+                    return self.wait_for_history(prompt_id)
+
+    def wait_for_history(self, prompt_id: str, timeout: float = 60) -> dict:
+        """The history entry may come a moment after the last socket event."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            self.check_alive()
+            entry = self.history(prompt_id)
+            if entry:
+                return entry
+            time.sleep(0.1)
+        raise HostError(f"Prompt {prompt_id} never appeared in the history.{self.log_tail()}")
+
+
+class Server(Client):
     """A running ComfyUI whose only custom node is this checkout. Use it as a context manager."""
 
     def __init__(
         self, host: Host, *, base: Path | None = None, port: int = 0, cpu: bool | None = None,
         options: tuple[str, ...] = (), show_log: bool = False, start_timeout: float = 300,
     ):  # fmt: skip
+        self.port = port or free_port()
+        super().__init__(f"http://127.0.0.1:{self.port}")
         self.host = host
         self.keep_base = base is not None
         self.base = base
-        self.port = port or free_port()
         self.cpu = cpu
         self.options = options
         self.show_log = show_log
         self.start_timeout = start_timeout
         self.process: subprocess.Popen | None = None
-        # Proxies from the environment must not see requests to this machine.
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> "Server":
         if self.cpu is None:
@@ -193,114 +313,19 @@ class Server:
             code = self.process.returncode if self.process else "none"
             raise HostError(f"ComfyUI ended by itself (exit code {code}).{self.log_tail()}")
 
-    # -- HTTP ---------------------------------------------------------------------------------------------------
-
-    def request(self, path: str, data: bytes | None = None, kind: str = "application/json", timeout: float = 120):
-        request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": kind} if data else {})
-        with self.opener.open(request, timeout=timeout) as reply:
-            return reply.read()
-
-    def get(self, path: str, timeout: float = 120):
-        return json.loads(self.request(path, timeout=timeout))
-
-    def post(self, path: str, value: dict) -> dict:
-        reply = self.request(path, json.dumps(value).encode())
-        return json.loads(reply) if reply else {}
-
-    def object_info(self) -> dict:
-        return self.get("/object_info")
-
-    def history(self, prompt_id: str) -> dict | None:
-        return self.get(f"/history/{prompt_id}").get(prompt_id)
-
-    def interrupt(self, prompt_id: str | None = None) -> None:
-        self.post("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
-
-    def view(self, image: dict) -> bytes:
-        """The bytes of one entry of a node's `images` output."""
-        return self.request("/view?" + urllib.parse.urlencode(image))
-
-    def upload_image(self, name: str, content: bytes) -> str:
-        """Put an image in ComfyUI's input folder; returns the name for LoadImage."""
-        boundary = secrets.token_hex(16)
-        head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
-        head += "Content-Type: application/octet-stream\r\n\r\n"
-        tail = f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n--{boundary}--\r\n'
-        body = head.encode() + content + tail.encode()
-        return json.loads(self.request("/upload/image", body, f"multipart/form-data; boundary={boundary}"))["name"]
-
-    # -- prompts ------------------------------------------------------------------------------------------------
-
-    def queue(self, prompt: dict, client_id: str = "") -> str:
-        """Post an API prompt and return its id. Any node error is an error here, though ComfyUI may run the rest."""
-        try:
-            reply = self.post("/prompt", {"prompt": prompt, "client_id": client_id})
-        except urllib.error.HTTPError as error:
-            raise HostError(explain_refusal(prompt, error.read())) from None
-        if reply.get("node_errors"):
-            raise HostError(explain_refusal(prompt, json.dumps(reply).encode()))
-        return reply["prompt_id"]
-
-    def run(
-        self, prompt: dict, on_progress: Callable[[str, int, int], None] | None = None, timeout: float = 1800,
-        on_text: Callable[[str, str], None] | None = None,
-    ):  # fmt: skip
-        """Run an API prompt and return its history entry.
-
-        `on_progress` gets node id, step and number of steps; `on_text` node id and what a node says while it works.
-        """
-        client_id = uuid.uuid4().hex
-        deadline = time.monotonic() + timeout
-        with WebSocket(self.port, f"/ws?clientId={client_id}") as socket_:
-            prompt_id = self.queue(prompt, client_id)
-            while True:
-                if time.monotonic() > deadline:
-                    self.interrupt(prompt_id)
-                    raise HostError(f"The prompt did not finish within {timeout:.0f} s.{self.log_tail()}")
-                self.check_alive()
-                message = socket_.receive(1.0)
-                if isinstance(message, bytes) and message[:4] == TEXT_FRAME and on_text:
-                    end = 8 + int.from_bytes(message[4:8], "big")
-                    on_text(message[8:end].decode(), message[end:].decode())
-                if not isinstance(message, str):
-                    continue
-                event = json.loads(message)
-                data = event.get("data", {})
-                if data.get("prompt_id") != prompt_id:
-                    continue
-                if event["type"] == "progress" and on_progress:
-                    on_progress(data["node"], int(data["value"]), int(data["max"]))
-                elif event["type"] == "executing" and data.get("node") and on_progress:
-                    on_progress(data["node"], 0, 0)
-                elif event["type"] == "execution_error":
-                    where = f"{data.get('node_type')} (node {data.get('node_id')})"
-                    trace = "".join(data.get("traceback") or [])
-                    raise HostError(f"{where} failed: {data.get('exception_message', '').strip()}\n{trace}")
-                elif event["type"] == "execution_interrupted":
-                    raise HostError("The prompt was interrupted.")
-                elif event["type"] == "execution_success":
-                    return self.wait_for_history(prompt_id)
-
-    def wait_for_history(self, prompt_id: str, timeout: float = 60) -> dict:
-        """The history entry may come a moment after the last socket event."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            self.check_alive()
-            entry = self.history(prompt_id)
-            if entry:
-                return entry
-            time.sleep(0.1)
-        raise HostError(f"Prompt {prompt_id} never appeared in the history.{self.log_tail()}")
-
 
 class WebSocket:
     """Just enough of RFC 6455 to read a server's messages."""
 
-    def __init__(self, port: int, path: str):
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+    def __init__(self, url: str):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme != "http":
+            raise HostError(f"{url} is not an http address.")
+        self.socket = socket.create_connection((parts.hostname, parts.port or 80), timeout=60)
+        path = f"{parts.path}?{parts.query}"
         key = base64.b64encode(secrets.token_bytes(16)).decode()
         self.socket.sendall(
-            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"GET {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
         )
         head = b""

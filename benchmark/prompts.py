@@ -1,0 +1,371 @@
+"""The editing methods of benchmark/methods, and the API prompts that they are for a sample.
+
+A method is a workflow with values of its own, one JSON file each:
+
+    row         its place in the tables; methods that begin alike stand together, since ComfyUI then computes that once
+    name        as people read it; ``paper`` says where it is from, ``note`` what to know about its results
+    workflow    a file of workflows/api, run as it is shipped, or NAME.workflow.json beside the method
+    result      the title of the node whose picture is the edit; only what it needs is run
+    inputs      "title or class of nodes/input" -> a value; the input "class_type" is the kind of node itself
+    demo        the same, for the demo model alone
+    kinds       the only kinds of edits that it is for; ``except`` names those that it is not for
+
+A value may be {"by kind": {kind: value}, "otherwise": value}, or stand for something of the sample, which not every
+sample has; a method is not for those that have it not:
+
+    $source $target             the captions
+    $words $outside             the words whose places may change, and those of what stays, separated by commas
+    $braced                     the source's caption with its things in braces
+    $exchange                   AttunePromptSwap where the captions have as many words, else AttunePromptRefine
+    $picture $truth             the picture, and the true result
+    $mask $kept                 where the picture changes, and where it stays; $mask+6 is grown by 6/128 of the side
+    $sketch                     the outlines of the true result, which only the demo world knows
+    $seed $steps $guidance $size    of the run; a sample's seed is its own
+
+A picture that is given to a socket comes from a node that loads it.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageFilter, ImageOps
+
+from ..demo import scenes
+from .demo_edits import scene_of
+
+DEMO, ADAPTER = "AttuneDemoCheckpoint", "attune_demo_sketch_adapter.safetensors"
+FOLDER = Path(__file__).parent / "methods"
+WORKFLOWS = Path(__file__).parents[1] / "workflows" / "api"
+KEYS = "row", "name", "paper", "note", "workflow", "result", "inputs", "demo", "kinds", "except"
+
+
+class NotApplicable(ValueError):
+    """What a sample lacks for a method."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """See the module. ``key`` is the file's name; ``graph`` the workflow's nodes by number."""
+
+    key: str
+    name: str
+    result: str
+    graph: dict
+    row: float = 1000
+    paper: str = ""
+    note: str = ""
+    inputs: dict = field(default_factory=dict)
+    demo: dict = field(default_factory=dict)
+    kinds: tuple = ()
+    excepted: tuple = ()
+
+
+def read_method(name: str) -> Method:
+    """A method of benchmark/methods by its name, or of another folder by its file; raises ValueError."""
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"There is no method {name!r}; there are {', '.join(every_method())}, and files of your own.")
+    told = json.loads(path.read_text(encoding="utf-8"))
+    if strange := set(told) - set(KEYS):
+        raise ValueError(f"{path} has {', '.join(sorted(strange))}, which a method has not; it has {', '.join(KEYS)}.")
+    if lacking := {"name", "workflow", "result"} - set(told):
+        raise ValueError(f"{path} lacks {', '.join(sorted(lacking))}, which every method needs.")
+    file = told.pop("workflow")
+    beside, shipped = path.parent / file, WORKFLOWS / file
+    if not beside.is_file() and not shipped.is_file():
+        raise ValueError(f"{path} names the workflow {file}, which is neither beside it nor in workflows/api.")
+    graph = json.loads((beside if beside.is_file() else shipped).read_text(encoding="utf-8"))
+    told["kinds"], told["excepted"] = tuple(told.get("kinds", ())), tuple(told.pop("except", ()))
+    return Method(path.stem, graph=graph, **told)
+
+
+def every_method() -> list[str]:
+    """The names of the methods in benchmark/methods."""
+    return sorted(path.stem for path in FOLDER.glob("*.json") if not path.stem.endswith(".workflow"))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is the same for every picture of a run. Without a ``checkpoint`` it is the demo model; ``changes`` are
+    further inputs by the method's name, "*" for all methods."""
+
+    checkpoint: str = ""
+    size: int = 128
+    steps: int = 20
+    guidance: float = 3.0
+    seed: int = 0
+    changes: dict = field(default_factory=dict)
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------
+
+
+def square(path: Path, size: int, folder: Path) -> Path:
+    """A picture as the models take it: the middle square, size x size; in ``folder``, unless it is that already."""
+    with Image.open(path) as picture:
+        if picture.size == (size, size) and folder in path.parents:
+            return path
+        picture = ImageOps.exif_transpose(picture).convert("L" if picture.mode in ("1", "L") else "RGB")
+        made = folder / f"{path.stem} {digest(path)}.png"
+        if not made.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            part = made.with_suffix(".part")
+            ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS).save(part, "png")
+            part.rename(made)
+    return made
+
+
+def prepare(sample, size: int, folder: Path):
+    """A sample whose pictures are all size x size and lie in ``folder``."""
+    paths = {name: getattr(sample, name) for name in ("picture", "mask", "truth")}
+    return replace(sample, **{name: path and square(path, size, folder) for name, path in paths.items()})
+
+
+def digest(path: Path) -> str:
+    return _digest(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _digest(path, changed):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def as_png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _grown(path, pixels):
+    with Image.open(path) as mask:
+        return as_png(mask.convert("L").filter(ImageFilter.MaxFilter(2 * pixels + 1)))
+
+
+def _inverted(path):
+    with Image.open(path) as mask:
+        return as_png(ImageChops.invert(mask.convert("L")))
+
+
+def _sketch(sample, size):
+    import torch
+
+    from ..attention_patches.sketch import outlines
+
+    masks = torch.from_numpy(scenes.render(scene_of(sample.extras["after"]), size)[1])
+    lines = outlines(masks[..., None].repeat(1, 1, 1, 3), 0.5, 0.0, 2).amax(0)  # as the demo's own node draws them
+    return as_png(Image.fromarray((255 * lines.numpy()).astype(np.uint8)))
+
+
+# ---- values ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class File:
+    """A picture that a prompt reads, by a name that tells its content; ``make`` gives that, a PNG file."""
+
+    name: str
+    make: Callable[[], bytes]
+
+
+def _file(path, how="", make=None):
+    return File(f"attune-benchmark-{digest(path)}{how}.png", make or path.read_bytes)
+
+
+def value_of(value, sample, setup: Setup):
+    """What a value of a method is for a sample; pictures as :class:`File`. Raises NotApplicable."""
+    if isinstance(value, dict):
+        value = value["by kind"].get(sample.kind, value["otherwise"])
+    if not isinstance(value, str) or not value.startswith("$"):
+        return value
+    name, _, grow = value[1:].partition("+")
+    run = {"steps": setup.steps, "guidance": setup.guidance, "size": setup.size}
+    if name in run:
+        return run[name]
+    if name not in _VALUES:
+        raise ValueError(f"There is no value {value}, only {', '.join('$' + n for n in (*_VALUES, *run))}.")
+    found = _VALUES[name](sample, setup, round(int(grow or 0) * setup.size / 128))
+    if found is None or found == "":
+        raise NotApplicable(_LACKS[name])
+    return found
+
+
+def _mask(sample, setup, pixels):
+    path = sample.mask
+    return path and (_file(path, f"-{pixels}", lambda: _grown(path, pixels)) if pixels else _file(path))
+
+
+def _kept(sample, setup, _):
+    """Nothing where the mask is white all over."""
+    path = sample.mask
+    if not path:
+        return None
+    with Image.open(path) as mask:
+        stays = mask.convert("L").getextrema()[0] < 128
+    return _file(path, "-kept", lambda: _inverted(path)) if stays else None
+
+
+def _sketched(sample, setup, _):
+    if "after" not in sample.extras:
+        return None
+    return _file(sample.truth, "-sketch", lambda: _sketch(sample, setup.size))
+
+
+def _words(sample):
+    return list(dict.fromkeys(word for pair in sample.words for word in pair if word))
+
+
+def _braced(sample, setup, _):
+    """All things of a demo scene with their colours; of another picture, the words that the edit is about."""
+    if "before" in sample.extras:
+        things = [f"{thing.color} {thing.shape}" for thing in scene_of(sample.extras["before"]).things]
+    else:
+        things = [word for word, _ in sample.words if word]
+    braced = sample.source
+    for thing in dict.fromkeys(things):
+        braced = re.sub(rf"\b{re.escape(thing)}\b", "{" + thing + "}", braced, count=1)
+    return braced if braced != sample.source else None
+
+
+def _exchange(sample, setup, _):
+    if not sample.source or sample.source == sample.target:
+        return None
+    as_many = len(sample.source.split()) == len(sample.target.split())
+    return "AttunePromptSwap" if as_many else "AttunePromptRefine"
+
+
+def seed_of(sample, seed: int) -> int:
+    """A sample's own, the same whatever else is drawn."""
+    return zlib.crc32(f"{seed} {sample.key}".encode()) % 2**31
+
+
+_VALUES = {
+    "source": lambda sample, setup, _: sample.source,
+    "target": lambda sample, setup, _: sample.target,
+    "words": lambda sample, setup, _: ", ".join(_words(sample)),
+    "outside": lambda sample, setup, _: ", ".join(sample.extras.get("kept words", ())),
+    "braced": _braced,
+    "exchange": _exchange,
+    "picture": lambda sample, setup, _: _file(sample.picture),
+    "truth": lambda sample, setup, _: sample.truth and _file(sample.truth),
+    "mask": _mask,
+    "kept": _kept,
+    "sketch": _sketched,
+    "seed": lambda sample, setup, _: seed_of(sample, setup.seed),
+}
+_LACKS = {
+    "source": "no caption of the source",
+    "target": "no caption of the target",
+    "words": "no words that say where the edit is",
+    "outside": "no words for what stays",
+    "braced": "no thing in the caption of the source",
+    "exchange": "no two captions that differ",
+    "mask": "no mask",
+    "kept": "no mask that leaves anything out",
+    "truth": "no true result",
+    "sketch": "no outlines of the true result",
+}
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An API prompt, the number of the node whose picture counts, and the :class:`File`s that it reads."""
+
+    nodes: dict
+    result: str
+    files: tuple
+
+    @property
+    def digest(self) -> str:
+        """The same for the same picture: method, settings, captions and the contents of the pictures are in it."""
+        told = json.dumps([self.nodes, self.result], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def build(method: Method, sample, setup: Setup, picture: File | None = None) -> Prompt:
+    """The prompt that draws a method's edit of a sample, or of another picture in its place.
+
+    Raises NotApplicable where the sample is not of the kind that the method is for or lacks what it needs, and
+    ValueError where an input of the method is not in its workflow.
+    """
+    if sample.kind in method.excepted or (method.kinds and sample.kind not in method.kinds):
+        raise NotApplicable("another kind of edit")
+    nodes = {number: {**node, "inputs": dict(node["inputs"])} for number, node in method.graph.items()}
+    result = one(nodes, method.result, method.key)
+    nodes, files = needed(nodes, result), {}
+    load(nodes, setup.checkpoint)
+    inputs = {**method.inputs, **({} if setup.checkpoint else method.demo)}
+    for owner in ("*", method.key):
+        inputs |= setup.changes.get(owner, {})
+    for place, value in inputs.items():
+        title, _, name = place.rpartition("/")
+        found = [node for node in nodes.values() if title in (node["_meta"]["title"], node["class_type"])]
+        if not found and place not in setup.changes.get("*", {}):
+            raise ValueError(f"The method {method.key} sets {place}, but its workflow has no such node.")
+        value = picture if picture and value == "$picture" else value_of(value, sample, setup)
+        if isinstance(value, File):
+            files[value.name] = value
+        for node in found:
+            put(nodes, node, name, value)
+    # What is only previewed does not fill the server's output folder.
+    shown = {"images": nodes[result]["inputs"]["images"]}
+    nodes[result] = {**nodes[result], "class_type": "PreviewImage", "inputs": shown}
+    nodes = needed(nodes, result)
+    named = {value for node in nodes.values() for value in node["inputs"].values() if isinstance(value, str)}
+    return Prompt(nodes, result, tuple(file for name, file in files.items() if name in named))
+
+
+def one(nodes, title, method):
+    found = [number for number, node in nodes.items() if title in (node["_meta"]["title"], node["class_type"])]
+    if len(found) != 1:
+        raise ValueError(f"The method {method} needs one node {title!r} in its workflow; there are {len(found)}.")
+    return found[0]
+
+
+def needed(nodes, result):
+    """Those that lead to the result."""
+    keep, todo = set(), [result]
+    while todo:
+        number = todo.pop()
+        if number not in keep:
+            keep.add(number)
+            todo += [value[0] for value in nodes[number]["inputs"].values() if isinstance(value, list)]
+    return {number: node for number, node in nodes.items() if number in keep}
+
+
+def load(nodes, checkpoint):
+    """Has the workflow load this checkpoint, or the demo model and its sketch adapter."""
+    for node in nodes.values():
+        if node["class_type"] == "CheckpointLoaderSimple":
+            node.update({"inputs": {"ckpt_name": checkpoint}} if checkpoint else {"class_type": DEMO, "inputs": {}})
+        elif node["class_type"] == "ControlNetLoader" and not checkpoint:
+            node["inputs"] = {"control_net_name": ADAPTER}
+
+
+def put(nodes, node, name, value):
+    """Gives a node an input; a picture that takes a socket's place gets a node that loads it."""
+    if name == "class_type":
+        node["class_type"] = value
+        return
+    if name not in node["inputs"] and not isinstance(value, File):
+        raise ValueError(f"{node['_meta']['title']} has no input {name}, only {', '.join(node['inputs'])}.")
+    if isinstance(value, File):
+        is_mask = "mask" in name
+        value = value.name
+        if name != "image" or isinstance(node["inputs"].get(name), list):
+            kind, more = ("LoadImageMask", {"channel": "red"}) if is_mask else ("LoadImage", {})
+            number = str(1 + max(map(int, nodes)))
+            title = {"title": f"{name} of the sample"}
+            nodes[number] = {"class_type": kind, "inputs": {"image": value, **more}, "_meta": title}
+            value = [number, 0]
+    node["inputs"][name] = value

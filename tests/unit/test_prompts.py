@@ -1,0 +1,134 @@
+"""What the benchmark's methods become for a sample: API prompts with nothing in them that the edit does not need."""
+
+import json
+from dataclasses import replace
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from attune.benchmark import datasets, demo_edits, prompts
+from attune.benchmark.prompts import NotApplicable, Setup, build, every_method, read_method
+
+REAL = Setup(checkpoint="real.safetensors", size=512, steps=50, guidance=7.5)
+ALONE = {
+    "cpam_background": {"background"},
+    "cpam_removal": {"remove"},
+    "cpam": set(demo_edits.KINDS) - {"background", "remove"},
+}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    return {sample.kind: sample for sample in datasets.read("demo", tmp_path_factory.mktemp("data"), count=1)[0]}
+
+
+def nodes_of(prompt, kind):
+    return [node["inputs"] for node in prompt.nodes.values() if node["class_type"] == kind]
+
+
+@pytest.mark.parametrize("name", every_method())
+@pytest.mark.parametrize("setup", [Setup(), REAL], ids=["demo", "real"])
+def test_every_method_becomes_one_picture_and_nothing_else(samples, name, setup):
+    method = read_method(name)
+    for kind, sample in samples.items():
+        if kind not in ALONE.get(name, samples):
+            with pytest.raises(NotApplicable, match="another kind"):
+                build(method, sample, setup)
+            continue
+        prompt = build(method, sample, setup)
+        links = {v[0] for node in prompt.nodes.values() for v in node["inputs"].values() if isinstance(v, list)}
+        assert set(prompt.nodes) - links == {prompt.result}  # all the rest is read by something
+        assert [node["class_type"] for node in prompt.nodes.values() if "images" in node["inputs"]] == ["PreviewImage"]
+        text = json.dumps(prompt.nodes)
+        assert "$" not in text and "example.png" not in text and "drawing of a girl" not in text
+        read = {node["inputs"]["image"] for node in prompt.nodes.values() if node["class_type"].startswith("LoadImage")}
+        assert read == {file.name for file in prompt.files}
+        loaders = {node["class_type"] for node in prompt.nodes.values() if "Checkpoint" in node["class_type"]}
+        assert loaders == {"CheckpointLoaderSimple" if setup.checkpoint else "AttuneDemoCheckpoint"}
+        assert not setup.checkpoint or "real.safetensors" in text
+
+
+def test_captions_of_as_many_words_are_exchanged_and_others_refined(samples):
+    method = read_method("p2p_ddim")
+    for kind, node in (
+        ("colour", "AttunePromptSwap"),
+        ("pattern", "AttunePromptRefine"),
+        ("remove", "AttunePromptRefine"),
+    ):
+        (found,) = nodes_of(build(method, samples[kind], Setup()), node)
+        assert found["target_prompt"] == samples[kind].target
+
+
+@pytest.mark.parametrize("name, change, lack", [
+    ("cpam", {"mask": None}, "no mask"),
+    ("p2p_ddim", {"source": ""}, "no caption of the source"),
+    ("p2p_blend", {"words": ()}, "no words that say where"),
+    ("masafusion", {"extras": {}}, "no outlines"),
+    ("truth", {"truth": None}, "no true result"),
+])  # fmt: skip
+def test_a_sample_that_lacks_something_is_told(samples, name, change, lack):
+    with pytest.raises(NotApplicable, match=lack):
+        build(read_method(name), replace(samples["colour"], **change), Setup())
+
+
+def test_pictures_are_made_when_they_are_read(samples):
+    files = {kind: build(read_method("inpainting"), samples[kind], Setup()).files for kind in ("colour", "background")}
+    grown = {kind: _white(files[kind][1].make()) for kind in files}
+    true = {kind: _white(samples[kind].mask.read_bytes()) for kind in files}
+    assert grown["colour"] > true["colour"] and grown["background"] == true["background"]
+    kept = build(read_method("cpam_background"), samples["background"], Setup()).files[1]
+    assert _white(kept.make()) == 128 * 128 - true["background"]
+    sketch = build(read_method("masafusion"), samples["move"], Setup()).files[1]
+    assert 0 < _white(sketch.make()) < 2000
+
+
+def _white(content):
+    return sum(v > 127 for v in Image.open(BytesIO(content)).convert("L").tobytes())
+
+
+def test_a_seed_is_the_samples_own(samples):
+    one, other = (
+        nodes_of(build(read_method("sdedit_0_5"), samples[k], Setup()), "KSampler")[0]["seed"]
+        for k in ("colour", "add")
+    )
+    again = nodes_of(build(read_method("inpainting"), samples["colour"], Setup()), "KSampler")[0]["seed"]
+    assert one == again != other
+    assert nodes_of(build(read_method("sdedit_0_5"), samples["colour"], Setup(seed=1)), "KSampler")[0]["seed"] != one
+
+
+def test_settings_of_a_run_come_last(samples):
+    changes = {"*": {"SamplerCustom/cfg": 9.0, "KSampler/cfg": 8.0}, "fpe": {"Attune Free Prompt Editing/end": 0.25}}
+    prompt = build(read_method("fpe"), samples["colour"], Setup(changes=changes))
+    assert nodes_of(prompt, "SamplerCustom")[0]["cfg"] == 9.0
+    assert nodes_of(prompt, "AttuneFreePromptEditing")[0]["end"] == 0.25
+    assert prompt.digest != build(read_method("fpe"), samples["colour"], Setup()).digest
+    for place in ("Attune Free Prompt Editing/ends", "No such node/end"):
+        with pytest.raises(ValueError, match="no such node|has no input ends"):
+            build(read_method("fpe"), samples["colour"], Setup(changes={"fpe": {place: 0.25}}))
+
+
+@pytest.mark.parametrize("told, why", [
+    ({"name": "x", "workflow": "Attune - Refine a prompt.json", "result": "refined", "input": {}}, "has input, which"),
+    ({"name": "x", "result": "refined"}, "lacks workflow"),
+    ({"name": "x", "workflow": "none.json", "result": "refined"}, "neither beside it"),
+])  # fmt: skip
+def test_a_method_that_is_wrong_says_how(tmp_path, told, why):
+    (tmp_path / "mine.json").write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(ValueError, match=why):
+        read_method(str(tmp_path / "mine.json"))
+    with pytest.raises(ValueError, match="no method 'p2p_dim'; there are .*p2p_ddim"):
+        read_method("p2p_dim")
+
+
+@pytest.mark.parametrize("size, mode", [((300, 200), "RGB"), ((64, 64), "L"), ((512, 512), "RGBA")])
+def test_pictures_become_the_middle_square(tmp_path, size, mode):
+    picture = Image.new("RGB", size, "red")
+    picture.paste("blue", (size[0] // 2 - min(size) // 2, 0, size[0] // 2 + min(size) // 2, size[1]))
+    picture.convert(mode).save(tmp_path / "one.png")
+    made = prompts.square(tmp_path / "one.png", 128, tmp_path / "samples")
+    assert made.parent == tmp_path / "samples"
+    with Image.open(made) as found:
+        assert found.size == (128, 128) and found.mode == ("L" if mode == "L" else "RGB")
+        assert mode != "RGB" or found.getpixel((1, 64)) == found.getpixel((126, 64)) == (0, 0, 255)
+    assert prompts.square(made, 128, tmp_path / "samples") == made
