@@ -12,6 +12,7 @@ figures are printed, and kept in benchmark/editing.json.
 """
 
 import argparse
+import functools
 import json
 import logging
 import statistics
@@ -19,6 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import comfy.model_management as management
 import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
@@ -49,6 +51,7 @@ FULL = {
 }
 STOCK, APART = "stock sampling", "the same rows with no edit"
 ALWAYS = (0.0, 1.0, 0.0, 1.0, 1024)
+GUIDANCE = 7.5
 log = logging.getLogger("attune.bench")
 
 
@@ -79,24 +82,33 @@ class Subject:
     clip: object
     trajectory: Trajectory
     noise: dict
+    guidance: float = GUIDANCE
 
     def text(self, prompt):
         return call(stock.CLIPTextEncode, self.clip, prompt)[0]
 
-    def sample(self, model, positive, guidance=7.5):
-        euler = call(custom.KSamplerSelect, "euler")[0]
-        negative, sigmas = self.text(""), self.trajectory.sigmas
-        return call(custom.SamplerCustom, model, False, 0, guidance, positive, negative, euler, sigmas, self.noise)[0]
+    def sample(self, model, positive, guidance=GUIDANCE, negative=None):
+        euler, negative = call(custom.KSamplerSelect, "euler")[0], negative or self.text("")
+        arguments = False, 0, guidance, positive, negative, euler, self.trajectory.sigmas, self.noise
+        return call(custom.SamplerCustom, model, *arguments)[0]
 
     @property
     def unet(self):
         return self.model.model.diffusion_model
 
+    @property
+    def steps(self):
+        return self.trajectory.steps
 
-def subject(model, clip, side, steps):
+    def beside(self, pictures=1):
+        """The same with another run, of so many pictures."""
+        return subject(self.model, self.clip, self.noise["samples"].shape[-1], self.steps, pictures)
+
+
+def subject(model, clip, side, steps, pictures=1):
     sigmas = host.schedule(model, steps, host.HOST_GRID)
     generator = torch.Generator().manual_seed(0)
-    noise, picture = torch.randn(2, 1, 4, side, side, generator=generator)
+    noise, picture = torch.randn(2, pictures, 4, side, side, generator=generator)
     path = torch.stack([picture + s * noise for s in sigmas])
     trajectory = Trajectory(sigmas, path, len(sigmas) - 1, host.describe_model(model) | {"prompt": SOURCE})
     return Subject(model, clip, trajectory, {"samples": host.to_host_scale(model, trajectory.noise)})
@@ -107,17 +119,24 @@ def demo_size(steps):
     return subject(model, clip, 16, steps)
 
 
-def full_size(steps, side=32):
-    config = comfy.supported_models.SD15({})
-    config.unet_config = UNET | FULL
-    config.set_inference_dtype(torch.float32, None)
+def random_model(config, dtype=torch.float32):
+    """A MODEL of SD 1.5's kind with a UNet of this configuration and random weights, on the host's device."""
+    family = comfy.supported_models.SD15({})
+    family.unet_config = config
+    family.set_inference_dtype(dtype, None)
     torch.manual_seed(0)
-    model = config.get_model({"some": torch.zeros(1)}, device=torch.device("cpu"))
+    offload = management.unet_offload_device()
+    model = family.get_model({"some": torch.zeros(1)}, device=offload)
     model.diffusion_model.apply(_initialise)
     # A random network is no denoiser; a small last layer keeps its runs tame.
     torch.nn.init.normal_(model.diffusion_model.out[2].weight, std=0.01)
-    model = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-    return subject(model, Widened(call(demo.AttuneDemoCheckpoint)[1], FULL["context_dim"]), side, steps)
+    return comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), offload)
+
+
+def full_size(steps, side=32, dtype=torch.float32):
+    """SD 1.5's UNet with random weights."""
+    clip = Widened(call(demo.AttuneDemoCheckpoint)[1], FULL["context_dim"])
+    return subject(random_model(UNET | FULL, dtype), clip, side, steps)
 
 
 # ---- the edits, at their dearest ---------------------------------------------------------------------------------
@@ -189,69 +208,85 @@ EDITS = {
 # ---- measuring ---------------------------------------------------------------------------------------------------
 
 
-def ways(it):
-    """What is compared: name -> (model, positive, guidance)."""
+def ways(it, edits=EDITS):
+    """What is compared: name -> (model, positive, guidance), and the negative where an edit has its own."""
     plain = it.text(TARGET)
-    found = {STOCK: (it.model, plain, 7.5), "guidance 1": (it.model, plain, 1.0)}
-    return found | {name: (*make(it), 7.5) for name, make in EDITS.items()}
+    found = {STOCK: (it.model, plain, GUIDANCE), "guidance 1": (it.model, plain, 1.0)}
+    for name, make in edits.items():
+        model, positive, *negative = make(it)
+        found[name] = (model, positive, GUIDANCE, *negative)
+    return found
 
 
-def time_of(it, way):
-    """Rows that the UNet is run on in one sampling, and its seconds by the wall's clock and by the processor's."""
+def time_of(unet, run):
+    """Rows that the UNet is run on while ``run()`` works, and its seconds by the wall's clock and the processor's."""
     rows = []
-    handle = it.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    handle = unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     wall, busy = time.perf_counter(), time.process_time()
     try:
-        it.sample(*way)
+        run()
     finally:
         handle.remove()
     return sum(rows), time.perf_counter() - wall, time.process_time() - busy
 
 
+def peak(run):
+    """The most bytes that tensors made in ``run()`` held at any one time."""
+    with LiveBytes() as live:
+        run()
+    return live.peak
+
+
+def turns(runs, repeats):
+    """Two tables by name. What :func:`time_of` says of its (unet, run) in each of ``repeats`` turns: all of them, turn
+    about, so that whatever else the machine does falls on all alike. And the most bytes that tensors made in it held,
+    taken in a turn before these, which also does whatever happens only once.
+    """
+    peaks = {name: peak(run) for name, (_, run) in runs.items()}
+    seen = {name: [] for name in runs}
+    for turn in range(repeats):
+        for name, one in runs.items():
+            seen[name].append(time_of(*one))
+        log.info("turn %d of %d", turn + 1, repeats)
+    return seen, peaks
+
+
+def over(seen, name, base, clock, by_row=False):
+    """How many times as long one took as another, ``clock`` 1 being the wall's and 2 the processor's: the median of the
+    turns; ``by_row`` of the UNet."""
+    pairs = zip(seen[name], seen[base], strict=True)
+    return statistics.median(m[clock] / b[clock] * (b[0] / m[0] if by_row else 1) for m, b in pairs)
+
+
 def times(it, repeats):
     """Name -> rows a step, and seconds a row over stock sampling's: the median over turns."""
-    compared, seen = ways(it), {}
-    for name, way in compared.items():
-        seen[name] = [time_of(it, way)]  # thrown away: whatever happens only once
-    for turn in range(repeats):
-        for name, way in compared.items():
-            seen[name].append(time_of(it, way))
-        log.info("turn %d of %d", turn + 1, repeats)
-    steps = it.trajectory.steps
-    seen = {name: measured[1:] for name, measured in seen.items()}
+    runs = {name: (it.unet, functools.partial(it.sample, *way)) for name, way in ways(it).items()}
+    seen, _ = turns(runs, repeats)
     # Beside other packs an edit's three rows come as one and two; this is what that takes where nothing is edited.
     alone = seen.pop("guidance 1")
     seen[APART] = [tuple(a + b for a, b in zip(*pair, strict=True)) for pair in zip(alone, seen[STOCK], strict=True)]
-    out = {}
-    for name, measured in seen.items():
-        wall, busy = (
-            statistics.median(m[i] / m[0] / (s[i] / s[0]) for m, s in zip(measured, seen[STOCK], strict=True))
-            for i in (1, 2)
-        )
-        seconds = statistics.median(m[1] / m[0] for m in measured)
-        out[name] = {
-            "rows a step": round(measured[0][0] / steps, 2), "milliseconds a row": round(1000 * seconds, 1),
-            "a row over stock": round(wall, 3), "the same by the processor's clock": round(busy, 3),
-        }  # fmt: skip
-    return out
+    return {
+        name: {
+            "rows a step": round(measured[0][0] / it.steps, 2),
+            "milliseconds a row": round(1000 * statistics.median(m[1] / m[0] for m in measured), 1),
+            "a row over stock": round(over(seen, name, STOCK, 1, by_row=True), 3),
+            "the same by the processor's clock": round(over(seen, name, STOCK, 2, by_row=True), 3),
+        }
+        for name, measured in seen.items()
+    }
 
 
 def memory(it):
     """Name -> the most bytes that tensors held in one sampling, and over stock sampling's with the weights."""
     weights = sum(p.numel() * p.element_size() for p in it.unet.parameters())
-    peaks = {}
-    for name, way in ways(it).items():
-        with LiveBytes() as live:
-            it.sample(*way)
-        peaks[name] = live.peak
-    del peaks["guidance 1"]
+    peaks = {name: peak(functools.partial(it.sample, *way)) for name, way in ways(it).items() if name != "guidance 1"}
     return {
         name: {
-            "peak MB": round(peak / 1e6, 2),
-            "over stock": round(peak / peaks[STOCK], 3),
-            "over stock, weights counted": round((peak + weights) / (peaks[STOCK] + weights), 3),
+            "peak MB": round(most / 1e6, 2),
+            "over stock": round(most / peaks[STOCK], 3),
+            "over stock, weights counted": round((most + weights) / (peaks[STOCK] + weights), 3),
         }
-        for name, peak in peaks.items()
+        for name, most in peaks.items()
     }
 
 
