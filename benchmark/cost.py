@@ -34,7 +34,7 @@ from ..demo.measure import call
 from ..demo.model import UNET, _initialise
 from ..inversion import host
 from ..inversion.trajectory import Trajectory
-from ..nodes import demo, edit, self_attention
+from ..nodes import cache, demo, edit, self_attention
 from .live import LiveBytes
 
 RESULTS = Path(__file__).parent / "editing.json"
@@ -146,6 +146,11 @@ def swap(it, model=None):
     return call(edit.AttunePromptSwap, model or it.model, it.clip, it.trajectory, SOURCE, TARGET, *ALWAYS)
 
 
+def swap_again(it):
+    """What the edit costs once the cache holds what it reads; the first turn, which fills it, is thrown away."""
+    return swap(it, *call(cache.AttuneFeatureCache, it.model, 8000))
+
+
 def refine(it):
     return call(edit.AttunePromptRefine, it.model, it.clip, it.trajectory, SOURCE, LONGER, *ALWAYS)
 
@@ -194,6 +199,7 @@ def half():
 
 EDITS = {
     "swap": swap,
+    "swap again, cached": swap_again,
     "refine": refine,
     "swap and re-weight": swap_and_reweight,
     "swap and local blend": swap_and_blend,

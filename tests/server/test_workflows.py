@@ -22,7 +22,6 @@ SHEETS = {
 }  # fmt: skip
 # What is painted by hand, and an adapter of SD 1.5's widths, are in the demo world only; so these run there alone.
 FUSION = {name for name in workflow.NAMES if "Redraw" in name or "turns" in name}
-WHOLE = {workflow.DEMO, REAL}  # these run with every step that they are shipped with
 BLENDED = {"blend mask", "with local blend"}  # in a random network words look everywhere, so there the mask is white
 BACK = {"reconstruction", "pinned source"}  # should look like the source
 PLAIN = {"without null-text", "with an empty negative", "without pins"}  # what guidance does to it otherwise
@@ -173,7 +172,7 @@ def quick(prompt: dict) -> dict:
 
 
 def run_and_look(name: str, server: host.Server):
-    change = (lambda prompt: prompt) if name in WHOLE else quick
+    change = (lambda prompt: prompt) if name == workflow.DEMO else quick
     prepare(name, server, change)
     pictures = pictures_of(change(workflow.load(name)), server)
     assert set(pictures) == set(TITLES[name].split(", "))
