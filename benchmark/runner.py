@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "demo" / "run" / "quality"
 PAGE = ROOT / "benchmark" / "RESULTS.md"
 DEMO = "demo"
+SERVERS = "servers.json"  # in the folder of a run: what drew it
 SHOWS = "pictures in which a program that knows the demo world sees the true result and no more; higher is better"
 log = logging.getLogger("attune.bench")
 
@@ -189,20 +190,19 @@ def workers(urls: list[str], ray: str):
             yield [servers.Painter(url) for url in urls], urls
 
 
-def draw(run: Run, urls: list[str], ray: str) -> dict:
-    """Draws what is missing, and tells the servers' ComfyUI and devices; {} where nothing is missing."""
+def draw(run: Run, urls: list[str], ray: str) -> None:
+    """Draws what is missing, and notes the servers' ComfyUI and devices first: a run may be stopped at any time."""
     groups, after = run.groups()
     left = sum(map(len, groups))
     if not left:
-        return {}
+        return
     with workers(urls, ray) as (crew, urls), logging_redirect_tqdm():
-        about = first_answer(urls)
+        (run.out / SERVERS).write_text(json.dumps(first_answer(urls), indent=1) + "\n", encoding="utf-8")
         progress = Progress(run, left)
         try:
             servers.Crew(groups, run.make, progress.done, progress.begun, after).work(crew)
         finally:
             progress.bar.close()
-    return about
 
 
 def first_answer(urls):
@@ -291,11 +291,9 @@ def version() -> str:
     return re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
 
 
-def tell(args, setup: prompts.Setup, drawn: dict) -> dict:
+def tell(args, setup: prompts.Setup) -> dict:
     """What there is to say about a run; what its servers are is known from when they last drew."""
-    kept = args.out / "servers.json"
-    if drawn:
-        kept.write_text(json.dumps(drawn, indent=1) + "\n", encoding="utf-8")
+    kept = args.out / SERVERS
     return {
         "data": args.data.partition(":")[0] + (f", {args.count} of each kind of edit" if args.count else ""),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -371,9 +369,9 @@ def run_all(args):
         log.warning("%s", problem)
     if not run.samples:
         raise ValueError(f"There is no sample to edit in {args.data}.")
-    drawn = draw(run, args.servers, args.ray)
+    draw(run, args.servers, args.ray)
     measured, why_not = measure(run, args.networks)
-    show(gather(run, measured, why_not, tell(args, setup, drawn), problems), out, args.page)
+    show(gather(run, measured, why_not, tell(args, setup), problems), out, args.page)
 
 
 if __name__ == "__main__":

@@ -124,8 +124,10 @@ def test_a_run_that_was_stopped_goes_on(by_one, server, samples, tmp_path):
     run = open_run(tmp_path, samples)
     runner.draw(run, [server.url], ray="")
     before = (run.out / "drawn.jsonl").read_bytes()
-    assert runner.draw(open_run(tmp_path, samples), ["http://127.0.0.1:1"], ray="") == {}  # asks no server
-    assert (run.out / "drawn.jsonl").read_bytes() == before
+    about = (run.out / runner.SERVERS).read_bytes()
+    assert json.loads(about)["ComfyUI"] and json.loads(about)["servers"] == 1
+    runner.draw(open_run(tmp_path, samples), ["http://127.0.0.1:1"], ray="")  # asks no server
+    assert (run.out / "drawn.jsonl").read_bytes() == before and (run.out / runner.SERVERS).read_bytes() == about
 
     lost = samples[1].key, "p2p_ddim"
     run.picture(lost).unlink()
