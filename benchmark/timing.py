@@ -11,7 +11,7 @@
     files       saving and loading a trajectory, beside inverting it
     where       where the time of a sampling goes
     overhead    what an edit's nodes and sampling take outside the UNet
-    compile     an edit behind the host's TorchCompileModel
+    compile     an edit on a compiled MODEL
     batch       eight pictures in one graph beside one
 
 All that is compared runs in one process, turn and turn about; a ratio is the median of the turns' ratios. Machines do
@@ -40,10 +40,10 @@ from unittest import mock
 
 import comfy.model_management as management
 import comfy.utils
-import comfy_extras.nodes_torch_compile as stock_compile
 import comfyui_version
 import diffusers
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -558,17 +558,26 @@ class Total:
 COMPILED = ("swap", "free prompt editing", "mutual, masked", "context preserving", "masked fusion")
 
 
+def compiling(model):
+    model = model.clone()
+    set_torch_compile_wrapper(model, backend="inductor" if torch.cuda.is_available() else "eager")
+    return model
+
+
 def compiled(size, repeats, only=COMPILED):
-    """The host's TorchCompileModel before the edit's node and behind it: how far its latent lies from the plain one's,
-    beside what the edit changes, and whether the network ran compiled at all."""
+    """A compiled MODEL, as the host's TorchCompileModel makes it, before the edit's node and behind it: how far its
+    latent lies from the plain one's, beside what the edit changes, and whether the network ran compiled at all.
+
+    Where there is no GPU the compiler only traces and runs what it traced: writing the code takes half an hour there.
+    """
     it, found = made(size.make, size.eight, size.side), {}
     plain = it.sample(*cost.ways(it, {})[STOCK])["samples"]
     for name in only:
         make = EDITS[name]
         model, positive, *negative = make(it)
         edited = it.sample(model, positive, GUIDANCE, *negative)["samples"]
-        before = replace(it, model=call(stock_compile.TorchCompileModel, it.model, "inductor")[0])
-        behind = call(stock_compile.TorchCompileModel, model, "inductor")[0], positive, *negative
+        before = replace(it, model=compiling(it.model))
+        behind = compiling(model), positive, *negative
         for order, way in (("before the edit", make(before)), ("behind the edit", behind)):
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
