@@ -41,6 +41,7 @@ ROOMS = ("unit", "engine", "server")
 # What runs beside the other rooms when all are asked for, so that both halves take about as long.
 BESIDE = ("tests/server", *(f"tests/engine/test_{name}.py" for name in (
     "parity", "editing_parity", "self_parity", "self_benchmarks", "faithfulness", "feature_cache", "scale", "timing",
+    "inversion",
 )))  # fmt: skip
 SCRIPTS = {"train": "demo.train", "score": "demo.measure", "bench": "benchmark.inversion"}
 BENCHES = {
