@@ -928,25 +928,22 @@ def markdown(rows):
     same, other = ([row for row in rows if bool(row.check.departs) == departs] for departs in (False, True))
     parts = []
     if same:
-        lines = [
-            "| method | in the paper | compared | apart | the method's own effect | bound | holds |",
-            "|---" * 7 + "|",
-        ]
-        for row in same:
-            cells = [row.check.method, row.check.paper, row.check.compared, *map(short, (row.distance, row.effect))]
-            lines.append(f"| {' | '.join(cells)} | {row.check.bound:g} | {'yes' if row.holds else 'NO'} |")
-        parts.append("\n".join(lines))
+        heads = "method", "in the paper", "compared", "apart", "the method's own effect"
+        parts.append(_table(heads, [(row.check.method, row.check.paper, row.check.compared) for row in same], same))
     if other:
-        lines = [
-            "Where the pack departs on purpose:\n",
-            "| method | what | why | from the paper | from the authors' code | bound | holds |",
-            "|---" * 7 + "|",
-        ]
-        for row in other:
-            cells = [row.check.method, row.check.compared, row.check.departs, *map(short, (row.distance, row.effect))]
-            lines.append(f"| {' | '.join(cells)} | {row.check.bound:g} | {'yes' if row.holds else 'NO'} |")
-        parts.append("\n".join(lines))
+        heads = "method", "what", "why", "from the paper", "from the authors' code"
+        told = [(row.check.method, row.check.compared, row.check.departs) for row in other]
+        parts.append("Where the pack departs on purpose:\n\n" + _table(heads, told, other))
     return "\n\n".join(parts)
+
+
+def _table(heads, told, rows):
+    """``told`` is what the first cells of each of the ``rows`` say."""
+    lines = [f"| {' | '.join((*heads, 'bound', 'holds'))} |", "|---" * (len(heads) + 2) + "|"]
+    for said, row in zip(told, rows, strict=True):
+        cells = *said, short(row.distance), short(row.effect), f"{row.check.bound:g}", "yes" if row.holds else "NO"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def short(value):

@@ -493,9 +493,7 @@ def where(size, repeats, only=EDITS):
                 with shares.span(HOST):
                     rows = cost.time_of(it.unet, functools.partial(it.sample, *way))[0]
         total = sum(shares.seconds.values())
-        found[name] = {
-            f"{key} %": 100 * shares.seconds[key] / total for key in (UNET, KERNEL, MAPS, RULES, ROWS, OURS, HOST)
-        }
+        found[name] = {f"{key} %": 100 * shares.seconds[key] / total for key in KINDS}
         found[name]["reference rows %"] = 100 * reference_rows(way[0]) / (rows / it.steps)
         log.info("%s", name)
     return found

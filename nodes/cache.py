@@ -21,8 +21,8 @@ class AttuneFeatureCache(io.ComfyNode):
             category="Attune/edit",
             description=(
                 "Keeps in RAM what Attune's edits read of a source picture, so that the next edit of the same picture "
-                "takes as long as plain sampling. Put it between the loader (and its LoRAs) and the edit node; without "
-                "it nothing is kept."
+                "takes about as long as plain sampling. Put it between the loader (and its LoRAs) and the edit node; "
+                "without it nothing is kept."
             ),
             inputs=[
                 io.Model.Input(
