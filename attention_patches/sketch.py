@@ -29,3 +29,9 @@ def outlines(image, threshold, smooth, width):
     before = (width - 1) // 2
     lines = F.pad(lines, (before, width - 1 - before) * 2)
     return (F.max_pool2d(lines, width, 1) > 0).to(torch.float32)
+
+
+def sketch_of(masks):
+    """White outlines (1, H, W, 3), 2 pixels wide, of objects' masks (N, H, W) in 0..1, on black."""
+    lines = outlines(masks[..., None].repeat(1, 1, 1, 3), 0.5, 0.0, 2).amax(0)
+    return lines[None, ..., None].repeat(1, 1, 1, 3)

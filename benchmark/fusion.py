@@ -27,11 +27,12 @@ import torch
 
 import nodes as stock
 
+from ..attention_patches.sketch import sketch_of
 from ..demo import checker, scenes
 from ..demo.measure import RUN, call, save
 from ..demo.model import ADAPTER
 from ..inversion import host
-from ..nodes import demo, edit, fusion, invert, self_attention
+from ..nodes import edit, fusion, invert, self_attention
 from .demo_edits import OVERLAP, move, overlap
 from .editing import Studio, decibels_in
 from .inversion import Clock
@@ -75,7 +76,7 @@ class Task:
 
     @property
     def sketch(self):
-        return demo.sketch_of(torch.from_numpy(scenes.render(self.target)[1]))
+        return sketch_of(torch.from_numpy(scenes.render(self.target)[1]))
 
 
 def draw_tasks(count, seed, which):
@@ -259,7 +260,7 @@ def fidelity(room, count, seed):
     shown = []
     for i, one in enumerate(drawn):
         masks = scenes.render(one)[1]
-        sketch = demo.sketch_of(torch.from_numpy(masks))
+        sketch = sketch_of(torch.from_numpy(masks))
         for name, strength in (("with the adapter", 1.0), ("without", 0.0)):
             texts = room.adapted(scenes.caption(one), sketch, strength)
             picture = room.studio.keep(

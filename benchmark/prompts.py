@@ -157,11 +157,10 @@ def _inverted(path):
 def _sketch(sample, size):
     import torch
 
-    from ..attention_patches.sketch import outlines
+    from ..attention_patches.sketch import sketch_of
 
     masks = torch.from_numpy(scenes.render(scene_of(sample.extras["after"]), size)[1])
-    lines = outlines(masks[..., None].repeat(1, 1, 1, 3), 0.5, 0.0, 2).amax(0)  # as the demo's own node draws them
-    return as_png(Image.fromarray((255 * lines.numpy()).astype(np.uint8)))
+    return as_png(Image.fromarray((255 * sketch_of(masks)[0, ..., 0].numpy()).astype(np.uint8)))
 
 
 # ---- values ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..attention_patches.sketch import outlines
+from ..attention_patches.sketch import sketch_of
 from ..demo import scenes
 from ..demo.model import load_demo, offer_adapter
 from . import schema
@@ -152,12 +152,6 @@ class AttuneDemoEdit(io.ComfyNode):
         mask = torch.nn.functional.max_pool2d(mask, 2 * grow + 1, 1, grow)
         lines = sketch_of(torch.from_numpy(masks))
         return io.NodeOutput(torch.from_numpy(picture)[None], mask, lines, edited_caption)
-
-
-def sketch_of(masks):
-    """White outlines (1, H, W, 3) of objects (N, H, W) on black."""
-    lines = outlines(masks[..., None].repeat(1, 1, 1, 3), 0.5, 0.0, 2).amax(0)
-    return lines[None, ..., None].repeat(1, 1, 1, 3)
 
 
 NODES = [AttuneDemoCheckpoint, AttuneDemoScene, AttuneDemoEdit]
