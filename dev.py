@@ -6,6 +6,7 @@
     python3 dev.py serve [--port N]             ComfyUI with this pack, for use in a browser
     python3 dev.py setup                        make everything the other commands need
     python3 dev.py lint                         ruff
+    python3 dev.py locales                      write the nodes' English texts, list what other languages lack
     python3 dev.py train|score ARGS             train or measure the demo model
     python3 dev.py bench ARGS                   inversions: quality, speed, parity; edits: edits, self-edits, cost,
                                                 edit-parity, self-parity; what attention maps know: probing;
@@ -43,7 +44,7 @@ BESIDE = ("tests/server", *(f"tests/engine/test_{name}.py" for name in (
     "parity", "editing_parity", "self_parity", "self_benchmarks", "faithfulness", "feature_cache", "scale", "timing",
     "inversion",
 )))  # fmt: skip
-SCRIPTS = {"train": "demo.train", "score": "demo.measure", "bench": "benchmark.inversion"}
+SCRIPTS = {"train": "demo.train", "score": "demo.measure", "bench": "benchmark.inversion", "locales": "tests.locales"}
 BENCHES = {
     "edits": "benchmark.editing", "self-edits": "benchmark.self_editing", "cost": "benchmark.cost",
     "edit-parity": "benchmark.editing_parity", "self-parity": "benchmark.self_parity", "probing": "benchmark.probing",
