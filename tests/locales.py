@@ -6,6 +6,7 @@ input by id and of each output by its place; ``main.json`` the menu's words and 
 """
 
 import json
+import re
 
 from .host import ROOT
 
@@ -28,19 +29,31 @@ def key(name: str) -> str:
     return name.replace(".", "_")
 
 
+def escaped(text: str) -> str:
+    """As the frontend's translations want it: bare braces would be a place to fill in, and come out empty."""
+    return re.sub(r"[{}@|]", lambda found: "{'" + found[0] + "'}", text)
+
+
+def shown(text: str) -> str:
+    """What a user reads of an escaped text."""
+    return re.sub(r"\{'([{}@|])'\}", r"\1", text)
+
+
 def english(nodes) -> dict:
     """The contents of nodeDefs.json for a list of V3 nodes, as they say it themselves."""
     texts = {}
     for schema in (node.GET_SCHEMA() for node in nodes):
         texts[schema.node_id] = {
             "display_name": schema.display_name,
-            "description": schema.description,
-            "inputs": {key(i.id): {"name": i.display_name or i.id, "tooltip": i.tooltip} for i in schema.inputs},
-            "outputs": {
-                str(n): {"name": o.display_name or o.id, "tooltip": o.tooltip} for n, o in enumerate(schema.outputs)
-            },
+            "description": escaped(schema.description),
+            "inputs": {key(i.id): texts_of(i) for i in schema.inputs},
+            "outputs": {str(place): texts_of(o) for place, o in enumerate(schema.outputs)},
         }
     return texts
+
+
+def texts_of(socket) -> dict:
+    return {"name": socket.display_name or socket.id, "tooltip": escaped(socket.tooltip)}
 
 
 def load(language: str, name: str) -> dict:

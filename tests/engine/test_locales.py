@@ -41,6 +41,14 @@ def test_it_is_translated(language):
 
 
 @pytest.mark.parametrize("language", locales.LANGUAGES)
+def test_nothing_is_left_out_of_a_text_on_the_way_to_the_screen(language):
+    """The frontend fills in what stands between bare braces, and cuts at a bar."""
+    for name in FILES:
+        for path, text in locales.paths(locales.load(language, name)).items():
+            assert locales.escaped(locales.shown(text)) == text, ".".join(path)
+
+
+@pytest.mark.parametrize("language", locales.LANGUAGES)
 def test_the_names_in_one_node_differ(language):
     """Two inputs under one name cannot be told apart on the canvas."""
     for node, texts in locales.load(language, "nodeDefs").items():
