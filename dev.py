@@ -11,7 +11,8 @@
     python3 dev.py bench ARGS                   inversions: quality, speed, parity; edits: edits, self-edits, cost,
                                                 edit-parity, self-parity; what attention maps know: probing;
                                                 dynamic-prompt: where learned words look; everything side by side:
-                                                run, over ComfyUI servers and data sets; faithfulness; time; full-size
+                                                run, over ComfyUI servers and data sets; faithfulness; time; full-size;
+                                                the help pages: pictures
     python3 dev.py python ARGS                  the environment's Python with ComfyUI importable
 
 Set COMFYUI_PATH (and COMFYUI_PYTHON, if its Python is not found beside it) to use a ComfyUI that you have: nothing is
@@ -50,6 +51,7 @@ BENCHES = {
     "edit-parity": "benchmark.editing_parity", "self-parity": "benchmark.self_parity", "probing": "benchmark.probing",
     "dynamic-prompt": "benchmark.dynamic_prompt", "fusion": "benchmark.fusion", "run": "benchmark.runner",
     "faithfulness": "benchmark.faithfulness", "full-size": "benchmark.full_size", "time": "benchmark.timing",
+    "pictures": "benchmark.pictures",
 }  # fmt: skip
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 

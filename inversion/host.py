@@ -53,6 +53,18 @@ def schedule(model, steps, grid):
     return comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", steps).cpu().float()
 
 
+def whole_schedule(model, sigmas):
+    """The user's SIGMAS in fp32. Raises ValueError where they are not a way from noise to a finished picture."""
+    sigmas = sigmas.cpu().float()
+    if len(sigmas) < 2 or bool((sigmas.diff() >= 0).any()) or float(sigmas[-1]) > lowest_sigma(model):
+        ends = f"from {float(sigmas[0]):.4g} to {float(sigmas[-1]):.4g}" if len(sigmas) else "none"
+        raise ValueError(
+            f"The SIGMAS are {len(sigmas)} levels, {ends}, but inversion needs levels that fall from noise to a "
+            "finished picture; connect a scheduler's whole SIGMAS to Attune DDIM Inversion."
+        )
+    return sigmas
+
+
 def lowest_sigma(model):
     return float(model.get_model_object("model_sampling").sigma_min)
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..attention_patches.host import check_plain, check_unet
+from ..attention_patches.host import check_plain, check_texts, check_unet
 from ..inversion import ddim, direct, host, null_text, unfinished
 from ..inversion.trajectory import Trajectory, check_same_model, check_whole, negative_of, one_text
 from . import schema
 
 GRIDS = [host.HOST_GRID, host.PAPERS_GRID]
+GIVEN = "given"  # what a trajectory says of its grid where the levels came from another node
 LEVELS = [ddim.LATER, ddim.CURRENT]
 HOW_TO_DRAW = "The way back, for Sampler Custom. Use it with euler."
 
@@ -90,6 +91,14 @@ class AttuneDDIMInversion(io.ComfyNode):
                     optional=True,
                     tooltip="What guidance leads away from, usually the empty text. Only read where guidance is not 1.",
                 ),
+                io.Sigmas.Input(
+                    "levels",
+                    optional=True,
+                    tooltip=(
+                        "Noise levels of another scheduler, such as Karras or Align Your Steps, in the place of steps "
+                        "and grid. The sampler then takes this node's sigmas all the same."
+                    ),
+                ),
             ],
             outputs=[
                 schema.Trajectory.Output(
@@ -110,7 +119,9 @@ class AttuneDDIMInversion(io.ComfyNode):
         return schema.searchable(node, "ddim inversion", "invert", "real image editing", "image to noise", "unsample")
 
     @classmethod
-    def execute(cls, model, latent, conditioning, steps, grid, epsilon, refine=0, guidance=1.0, negative=None):
+    def execute(
+        cls, model, latent, conditioning, steps, grid, epsilon, refine=0, guidance=1.0, negative=None, levels=None
+    ):  # fmt: skip
         schema.check_choice(grid, GRIDS, "The grid", "Attune DDIM Inversion")
         schema.check_choice(epsilon, LEVELS, "Epsilon", "Attune DDIM Inversion")
         check_plain(model)
@@ -123,7 +134,10 @@ class AttuneDDIMInversion(io.ComfyNode):
                 f"The guidance is {guidance:g} but nothing is connected to negative; connect an empty CLIP Text Encode "
                 "to Attune DDIM Inversion, or set its guidance to 1."
             )
-        sigmas = host.schedule(model, steps, grid)
+        check_texts(model, conditioning, negative or [])
+        if levels is not None:
+            grid = GIVEN
+        sigmas = host.schedule(model, steps, grid) if levels is None else host.whole_schedule(model, levels)
         lowest = host.lowest_sigma(model)
 
         def body(denoise, start, report):
@@ -234,6 +248,7 @@ class AttuneNullTextInversion(io.ComfyNode):
         check_same_model(trajectory, host.describe_model(model))
         check_whole(trajectory, "Attune Null-Text Inversion")
         one_text(negative, "negative")
+        check_texts(model, negative)
         if trajectory.learned is None:  # with learned words there is one text a step
             one_text(trajectory.conditioning, "trajectory's")
         settings = null_text.NullText(guidance, inner_steps, learning_rate, early_stop, warm_start)
@@ -408,6 +423,7 @@ class AttuneRecordTrajectory(io.ComfyNode):
     @classmethod
     def execute(cls, model, add_noise, noise_seed, cfg, positive, negative, sampler, sigmas, latent_image):
         check_unet(model)
+        check_texts(model, positive, negative)
         if len(sigmas) < 2 or bool((sigmas.diff() >= 0).any()):
             raise ValueError(
                 f"The SIGMAS are {len(sigmas)} levels that do not fall from noise to picture; connect a scheduler to "

@@ -34,7 +34,8 @@ STEPS = 5
 def outputs(node, *args, **kwargs):
     """A node's outputs, whether it is written in the host's older or newer style."""
     if hasattr(node, "execute"):
-        return node.execute(*args, **kwargs).result
+        given = node.execute(*args, **kwargs)
+        return getattr(given, "result", given)
     return getattr(node(), node.FUNCTION)(*args, **kwargs)
 
 
@@ -52,13 +53,16 @@ class Bench:
 
     def __init__(self, height=16, width=16, batch=1, guidance=5.0, steps=STEPS):
         self.settings = {"height": height, "width": width, "batch": batch, "guidance": guidance, "steps": steps}
-        self.model, self.clip, self.vae = outputs(AttuneDemoCheckpoint)
+        self.model, self.clip, self.vae = self.load()
         self.guidance = guidance
         self.steps, self.sigmas = steps, runs.schedule(self.model, steps, runs.HOST_GRID)
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(batch, 4, height, width, generator=generator) * float(self.sigmas[0])
         self.noise = {"samples": runs.to_host_scale(self.model, start)}
         self.trajectory = self.record(SOURCE, self.guidance)
+
+    def load(self):
+        return outputs(AttuneDemoCheckpoint)
 
     def like(self, **changes):
         """A new one with other settings."""
