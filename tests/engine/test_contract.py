@@ -215,8 +215,8 @@ def test_every_stock_sampler_node(bench, on):
     model, positive, reference = on
     empty, noise = bench.away(positive), bench.noise
     advanced = outputs(
-        stock.KSamplerAdvanced, model, "disable", 0, bench.steps, bench.guidance, "euler", "ddim_uniform", positive, empty,
-        noise, 0, 10000, "disable",
+        stock.KSamplerAdvanced, model, "disable", 0, bench.steps, bench.guidance, "euler", "ddim_uniform", positive,
+        empty, noise, 0, 10000, "disable",
     )[0]["samples"]  # fmt: skip
     guider = outputs(custom.CFGGuider, model, positive, empty, bench.guidance)[0]
     quiet, euler = outputs(custom.DisableNoise)[0], outputs(custom.KSamplerSelect, "euler")[0]
