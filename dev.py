@@ -7,12 +7,13 @@
     python3 dev.py setup                        make everything the other commands need
     python3 dev.py lint                         ruff
     python3 dev.py locales                      write the nodes' English texts, list what other languages lack
+    python3 dev.py schemas                      write down anew what nodes promise to saved graphs, say what changes
     python3 dev.py train|score ARGS             train or measure the demo model
     python3 dev.py bench ARGS                   inversions: quality, speed, parity; edits: edits, self-edits, cost,
                                                 edit-parity, self-parity; what attention maps know: probing;
                                                 dynamic-prompt: where learned words look; everything side by side:
                                                 run, over ComfyUI servers and data sets; faithfulness; time; full-size;
-                                                the help pages: pictures
+                                                the help pages: pictures; the icon and banner: emblem
     python3 dev.py python ARGS                  the environment's Python with ComfyUI importable
 
 Set COMFYUI_PATH (and COMFYUI_PYTHON, if its Python is not found beside it) to use a ComfyUI that you have: nothing is
@@ -45,13 +46,14 @@ BESIDE = ("tests/server", *(f"tests/engine/test_{name}.py" for name in (
     "parity", "editing_parity", "self_parity", "self_benchmarks", "faithfulness", "feature_cache", "scale", "timing",
     "inversion",
 )))  # fmt: skip
-SCRIPTS = {"train": "demo.train", "score": "demo.measure", "bench": "benchmark.inversion", "locales": "tests.locales"}
+SCRIPTS = {"train": "demo.train", "score": "demo.measure", "bench": "benchmark.inversion", "locales": "tests.locales",
+           "schemas": "tests.schemas"}
 BENCHES = {
     "edits": "benchmark.editing", "self-edits": "benchmark.self_editing", "cost": "benchmark.cost",
     "edit-parity": "benchmark.editing_parity", "self-parity": "benchmark.self_parity", "probing": "benchmark.probing",
     "dynamic-prompt": "benchmark.dynamic_prompt", "fusion": "benchmark.fusion", "run": "benchmark.runner",
     "faithfulness": "benchmark.faithfulness", "full-size": "benchmark.full_size", "time": "benchmark.timing",
-    "pictures": "benchmark.pictures",
+    "pictures": "benchmark.pictures", "emblem": "benchmark.emblem",
 }  # fmt: skip
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 

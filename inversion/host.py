@@ -1,9 +1,6 @@
 """The one file here that speaks ComfyUI's conventions: grids, running a model outside a stock sampler, model identity.
 
-Host facts used (checked on 0.3.52 and 0.3.75): `CFGGuider.inner_set_conds` and `.sample`, a `Sampler` with its
-`sample` signature, `calculate_sigmas`, `calc_cond_batch`, `latent_preview.prepare_callback`, the latent format's
-process_in and _out, wrappers PREDICT_NOISE and APPLY_MODEL, `percent_to_sigma`, `set_model_compute_dtype`,
-`load_models_gpu`, `optimized_attention_override` (0.3.75 only), `folder_paths`.
+What it uses of the host, and the releases that each use was checked on, is in tests/host_uses.md.
 """
 
 import contextlib
@@ -30,7 +27,7 @@ from safetensors.torch import save_file
 from . import gradient
 from .ddim import draw, papers_sigmas
 
-VERSION = "0.7.0"  # this pack's, as in pyproject.toml
+VERSION = "0.8.0"  # this pack's, as in pyproject.toml
 
 # Where packs hang functions that bend the prediction after the model has spoken.
 GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
