@@ -2,7 +2,8 @@
 """The developer's tasks. Needs only Python; everything else is made in .host/ on first use.
 
     python3 dev.py demo [--out DIR]             edit a picture through a real ComfyUI and keep the results
-    python3 dev.py test [ROOM ...] [-- ARGS]    run the tests; rooms: unit engine server; ARGS go to pytest
+    python3 dev.py test [ROOM ...] [-- ARGS]    run the tests; rooms: unit engine server browser; ARGS go to pytest
+    python3 dev.py test --oldest [-- ARGS]      the rooms unit and engine on the oldest ComfyUI that is served
     python3 dev.py serve [--port N]             ComfyUI with this pack, for use in a browser
     python3 dev.py setup                        make everything the other commands need
     python3 dev.py lint                         ruff
@@ -40,14 +41,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 HOME = ROOT / ".host"
 PINS = ROOT / "tests" / "requirements.txt"
-ROOMS = ("unit", "engine", "server")
+ROOMS = ("unit", "engine", "server", "browser")
 # What runs beside the other rooms when all are asked for, so that both halves take about as long.
-BESIDE = ("tests/server", *(f"tests/engine/test_{name}.py" for name in (
+BESIDE = ("tests/server", "tests/browser", *(f"tests/engine/test_{name}.py" for name in (
     "parity", "editing_parity", "self_parity", "self_benchmarks", "faithfulness", "feature_cache", "scale", "timing",
     "inversion",
 )))  # fmt: skip
-SCRIPTS = {"train": "demo.train", "score": "demo.measure", "bench": "benchmark.inversion", "locales": "tests.locales",
-           "schemas": "tests.schemas"}
+SCRIPTS = {
+    "train": "demo.train",
+    "score": "demo.measure",
+    "bench": "benchmark.inversion",
+    "locales": "tests.locales",
+    "schemas": "tests.schemas",
+}
 BENCHES = {
     "edits": "benchmark.editing", "self-edits": "benchmark.self_editing", "cost": "benchmark.cost",
     "edit-parity": "benchmark.editing_parity", "self-parity": "benchmark.self_parity", "probing": "benchmark.probing",
@@ -112,20 +118,31 @@ def setup(rest):
 def test(rest):
     split = rest.index("--") if "--" in rest else len(rest)
     rooms, passed_on = rest[:split], rest[split + 1 :]
+    if rooms == ["--oldest"]:
+        return test_oldest(passed_on)
     for room in rooms:
         if room not in ROOMS:
             raise Stop(f"There is no test room {room!r}, only {', '.join(ROOMS)}. Arguments for pytest go after --.")
     rooms = [room for room in rooms or ROOMS if (ROOT / "tests" / room).is_dir()]
     chosen = tools(oldest="server" in rooms)
-    require(chosen, "pytest", "hypothesis", "psutil")
+    require(chosen, "pytest", "hypothesis", "psutil", *(["playwright"] if "browser" in rooms else []))
     if set(rooms) == set(ROOMS) and not passed_on:
-        return test_side_by_side(chosen, [room for room in rooms if room != "server"])
+        return test_side_by_side(chosen, [room for room in rooms if f"tests/{room}" not in BESIDE])
     return hand_over(chosen, ["-m", "pytest", *(f"tests/{room}" for room in rooms), *passed_on])
 
 
+def test_oldest(passed_on):
+    chosen = tools(oldest=True)
+    if "ATTUNE_OLD_HOST" not in chosen.variables:
+        raise Stop("COMFYUI_PATH names the ComfyUI that is tested; unset it to test the oldest one.")
+    old, overlay = (chosen.variables[name] for name in ("ATTUNE_OLD_HOST", "ATTUNE_OLD_HOST_PYTHONPATH"))
+    chosen.variables.update(ATTUNE_HOST=old, PYTHONPATH=overlay)
+    return hand_over(chosen, ["-m", "pytest", "tests/unit", "tests/engine", *passed_on])
+
+
 def test_side_by_side(chosen, rooms):
-    """The server room and some of the engine's beside the others, since neither fills the machine alone; their report
-    comes behind."""
+    """The rooms with servers and some of the engine's beside the others, since neither fills the machine alone; their
+    report comes behind."""
     threads = str(max(1, (os.cpu_count() or 2) // 2))
     environment = {**os.environ, **chosen.variables, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
     run = {"cwd": ROOT, "env": environment}
