@@ -10,11 +10,7 @@ target's patched layers hand the controllers q, k, v of both. There are two ways
 
 With a :class:`FeatureCache` on the MODEL it is always the second way, and a reference that was read before is not run.
 
-Host facts used (checked on 0.3.52 and 0.3.75): wrappers OUTER_SAMPLE, PREDICT_NOISE, CALC_COND_BATCH, APPLY_MODEL;
-`patches_replace` for attn1 and attn2; extra `model_conds` travel with their rows and know how to `concat`;
-`transformer_options` keys block, block_index, activations_shape, n_heads, sample_sigmas; `get_area_and_mult`,
-`memory_required` and `get_free_memory`; `sampler_helpers.convert_cond`; `samplers.process_conds`; the tokenizer's word
-ids and its vocabulary's letters.
+What it uses of the host, and the releases that each use was checked on, is in tests/host_uses.md.
 """
 
 import contextlib
@@ -56,6 +52,8 @@ END = 49407  # CLIP's end token, which also pads
 CACHE = "attune_cache"  # in transformer_options: the FeatureCache that the user put on MODEL, if any
 RIDERS = "attune_riders"  # in transformer_options: references that are to be rows of the target's call
 ROLE = "attune_role"  # among a conditioning's model_conds: which edit its rows belong to, or one of these two
+# What SDXL is told of a picture beside its text, by the names that the stock encoders for it write.
+SIZES = {"width", "height", "crop_w", "crop_h", "target_width", "target_height", "aesthetic_score"}
 NONE, NEGATIVE = 0, -1  # a part's negative rows have the part's role below zero, less this one
 
 
@@ -113,9 +111,11 @@ def read_nouns(clip, text):
     return prompt, nouns
 
 
-def encode(clip, prompt):
-    """The prompt as CONDITIONING, tagged so that an edit knows its rows."""
-    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt), add_dict={PROMPT: prompt})
+def encode(clip, prompt, like=()):
+    """The prompt as CONDITIONING, tagged so that an edit knows its rows, for a picture of the sizes that the
+    CONDITIONING ``like`` tells, if it tells any."""
+    sizes = {name: value for name, value in like[0][1].items() if name in SIZES} if like else {}
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt), add_dict={**sizes, PROMPT: prompt})
 
 
 def part_of_picture(conditioning, name, region, control=None):
@@ -250,13 +250,13 @@ def encode_tokens(clip, tokens):
     return encoder.encode_token_weights(tokens)[0]
 
 
-def encode_steps(clip, prompt, vectors, windows):
-    """The prompt as CONDITIONING with one text a step: ``vectors``, text encoder's name -> position -> (S, B, width),
-    take the place of some tokens; ``windows`` (S+1,) are shares of the schedule, as a Trajectory's.
+def encode_steps(clip, prompt, vectors, windows, like=()):
+    """As :func:`encode`, with one text a step: ``vectors``, text encoder's name -> position -> (S, B, width), take the
+    place of some tokens; ``windows`` (S+1,) are shares of the schedule, as a Trajectory's.
 
     Whatever else a conditioning holds, such as SDXL's pooled text, is the prompt's own.
     """
-    extras, entries = encode(clip, prompt)[0][1], []
+    extras, entries = encode(clip, prompt, like)[0][1], []
     pictures = next(iter(next(iter(vectors.values())).values())).shape[1]
     for step, (start, end) in enumerate(zip(windows[:-1], windows[1:], strict=True)):
         mine = ({n: {p: v[step, i] for p, v in own.items()} for n, own in vectors.items()} for i in range(pictures))
@@ -276,19 +276,48 @@ def check_unet(model):
             f"The MODEL is a {type(unet).__name__}, but Attune steers the attention of Stable Diffusion UNets "
             "(SD 1.x, SD 2.x, SDXL); load such a checkpoint in the loader that feeds this node."
         )
+    theirs, ours = unet.in_channels, model.model.latent_format.latent_channels
+    if theirs != ours and not model.model.concat_keys:
+        raise ValueError(
+            f"The MODEL is a {type(model.model).__name__} that reads {theirs} channels, {theirs - ours} of them of "
+            "another picture, but Attune edits with models that draw from text alone and with inpainting models "
+            "(SD 1.x, SD 2.x, SDXL); load such a checkpoint in the loader that feeds this node."
+        )
+
+
+def check_texts(model, *conditionings):
+    """Raises ValueError for CONDITIONING of another width than the MODEL reads."""
+    wanted = _text_width(model.model.diffusion_model)
+    for width in (text.shape[-1] for conditioning in conditionings for text, _ in conditioning):
+        if width != wanted:
+            raise ValueError(
+                f"The text is {width} numbers wide, but the MODEL reads texts of {wanted}; connect the CLIP of the "
+                "MODEL's own checkpoint to this node and to CLIP Text Encode."
+            )
 
 
 def check_layers(model, layers, name, node, first=0):
-    """Raises ValueError for numbers of attention layers, counted from 0, that the MODEL does not have.
+    """Raises ValueError for a MODEL without a UNet, and for attention layers, counted from 0, that it does not have.
 
     The sentence counts them from ``first``, as the input ``name`` of ``node`` does.
     """
+    check_unet(model)
     count = len(_grids(model.model.diffusion_model, 1, 1))
     if layers and max(layers) >= count:
         raise ValueError(
             f"The layers of {node} go to {max(layers) + first}, but the MODEL has {count} layers of self-attention, "
             f"{first} to {count - 1 + first}; change {name} there."
         )
+
+
+def fewest_tokens(model, size):
+    """How many picture tokens the coarsest attention layer of a MODEL has, for latents of ``size`` (h, w)."""
+    return min(h * w for h, w in _grids(model.model.diffusion_model, *size).values())
+
+
+def parts_of_layers(model):
+    """For each transformer layer of MODEL, in order, the part of the UNet that holds it: input, middle or output."""
+    return [part for (part, _), _ in _grids(model.model.diffusion_model, 1, 1)]
 
 
 def check_plain(model):
@@ -312,6 +341,7 @@ def install(model, references, controllers=(), blends=()):
     carries another exchange of words to the same prompt.
     """
     check_unet(model)
+    check_texts(model, *(reference.conditioning for reference in references))
     model = model.clone()
     options = model.model_options["transformer_options"]
     spec = options.get(KEY, Spec())

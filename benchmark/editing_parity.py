@@ -101,10 +101,14 @@ class Sides:
 
     def __init__(self, bench):
         self.bench = bench
-        self.network = to_diffusers.unet(demo_model.read_weights()["unet"])
+        self.network = self.unet()
         self.euler = call(custom.KSamplerSelect, "euler")[0]
         self.empty = bench.text("")
         self.record, self.ours, self.theirs = map(functools.cache, (self.record, self.ours, self.theirs))
+
+    def unet(self):
+        """The bench's network in diffusers' layout."""
+        return to_diffusers.unet(demo_model.read_weights()["unet"])
 
     def record(self, caption, grid, seed):
         """The trajectory of a picture drawn from a caption at the bench's guidance."""

@@ -43,7 +43,7 @@ from ..inversion.trajectory import negative_of
 from ..nodes import edit, fusion, invert, self_attention, tokens
 from ..nodes import mask as mask_nodes
 from . import dynamic_prompt as words
-from . import editing_parity, inversion, reference, reference_p2p, self_parity
+from . import editing_parity, families_parity, inversion, reference, reference_p2p, self_parity
 from . import fusion as fusion_bench
 from . import reference_fusion as masa
 from . import reference_preserving as cpam
@@ -349,6 +349,21 @@ def edits(sides, module, by):
     return found + [
         Check(*source_of(case), f"{name} ({case})", functools.partial(departure, case), departs=WHY[name])
         for name, case in module.QUIRKS.items()
+    ]
+
+
+def other_families():
+    """A check for every case on SDXL and on SD 2.x, whose models are small and random, so that no scene matters."""
+    sides = functools.cache(families_parity.Sides)
+    return [
+        Check(
+            *source_of(name),
+            f"last latents, {families_parity.STEPS} steps of {families_parity.NAMES[family]}: {name}",
+            lambda _, family=family, case=case: sides(family).measure(case),
+            once=True,
+        )
+        for family, cases in families_parity.CASES.items()
+        for name, case in cases.items()
     ]
 
 
@@ -906,6 +921,7 @@ def checks(sides):
         *around_edits(sides),
         *edits(sides, editing_parity, sides.prompts),
         *edits(sides, self_parity, sides),
+        *other_families(),
         *embedding_control(sides),
         *learned_words(sides),
         *masked_fusion(sides),

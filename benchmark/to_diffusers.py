@@ -24,17 +24,18 @@ def _config(weights):
     }
 
 
-def unet(weights):
-    """A diffusers UNet2DConditionModel (fp32, eval, no gradients) with the weights of an SD1-style UNet.
+def unet(weights, config=None):
+    """A diffusers UNet2DConditionModel (fp32, eval, no gradients) with the weights of an SD-style UNet.
 
     ``weights`` maps LDM's tensor names without a prefix ("input_blocks.0.0.weight") to tensors, as
-    ``demo.model.read_weights()["unet"]`` does; any floating dtype. Widths are read off the tensors, attention heads are
-    32 wide. The model takes latents (B, 4, h, w), timesteps 0..999 and text (B, 77, width).
+    ``demo.model.read_weights()["unet"]`` does; any floating dtype. ``config`` is the model's; without one it is SD1's,
+    with widths that are read off the tensors and attention heads 32 wide. The model takes latents (B, 4, h, w),
+    timesteps 0..999 and text (B, 77, width).
 
     Raises ValueError unless every tensor finds its place and every place its tensor.
     """
     try:
-        config = _config(weights)
+        config = config or _config(weights)
         converted = convert_ldm_unet_checkpoint({PREFIX + name: t.float() for name, t in weights.items()}, config)
         # The converter passes over names that it does not know.
         if len(converted) != len(weights):
@@ -43,5 +44,5 @@ def unet(weights):
         model.load_state_dict(converted)
     except (KeyError, RuntimeError) as problem:
         reason = " ".join(str(problem).split()).rstrip(".")
-        raise ValueError(f"The tensors are not an SD1-style UNet's with two layers a level ({reason}).") from problem
+        raise ValueError(f"The tensors are not those of an SD UNet with two layers a level ({reason}).") from problem
     return model.eval().requires_grad_(False)

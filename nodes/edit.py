@@ -119,13 +119,40 @@ def edit_outputs():
     ]
 
 
+def warn(node_id, text):
+    """Tells the user of what can be meant but rarely is."""
+    log.warning(text)
+    runs.say(node_id, text)
+
+
 def warn_of_another_caption(trajectory, prompt, node_id):
     """Tells the user where a trajectory was made under another caption than the edit's source prompt."""
     made_under = trajectory.header.get("prompt")
     if made_under and made_under.strip() != prompt.strip():
-        warning = f'The TRAJECTORY was made under "{made_under}", but the source prompt is "{prompt}".'
-        log.warning(warning)
-        runs.say(node_id, warning)
+        warn(node_id, f'The TRAJECTORY was made under "{made_under}", but the source prompt is "{prompt}".')
+
+
+def warn_of_no_layer(model, trajectory, token_limit, node_id):
+    """Tells the user where no layer is as coarse as a token limit that is not 0, as in SDXL none has 16x16."""
+    fewest = host.fewest_tokens(model, trajectory.latents.shape[-2:])
+    if 0 < token_limit < fewest:
+        warn(
+            node_id,
+            f"No layer has {token_limit} picture tokens or fewer, so nothing of the source's structure is kept: at "
+            f"this size the MODEL's coarsest layers have {fewest}; raise token_limit to that.",
+        )
+
+
+def warn_of_early_layer(model, layer, name, node_id):
+    """Tells the user where the source is read on the UNet's way down, from which little but the source comes."""
+    parts = host.parts_of_layers(model)
+    if parts[layer] == "input":
+        warn(
+            node_id,
+            f"Layer {layer} lies on the UNet's way down, and a source that is read from there leaves the prompt little "
+            f"to say; the papers read it on the way up, which begins at layer {parts.index('output')} of this MODEL, "
+            f"so raise {name}.",
+        )
 
 
 def source_of(model, clip, trajectory, prompt, node_id):
@@ -155,8 +182,10 @@ def kept_vectors(clip, trajectory, prompt):
 
 def text_of(clip, trajectory, prompt):
     """A prompt's CONDITIONING in which the words that the trajectory has learned keep what was learned."""
-    vectors = kept_vectors(clip, trajectory, prompt)
-    return host.encode_steps(clip, prompt, vectors, trajectory.windows) if vectors else host.encode(clip, prompt)
+    vectors, like = kept_vectors(clip, trajectory, prompt), trajectory.conditioning
+    if vectors:
+        return host.encode_steps(clip, prompt, vectors, trajectory.windows, like)
+    return host.encode(clip, prompt, like)
 
 
 def edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_limit, word_windows, preserve):
@@ -177,6 +206,8 @@ def edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_li
         only = torch.zeros_like(injected)
         only[positions] = True
         injected = injected & only
+    if windows[2] < windows[3]:
+        warn_of_no_layer(model, trajectory, token_limit, node_id)
     controller = PromptToPrompt(
         prompt=prompts[1],
         tokens=target.length,
@@ -327,7 +358,10 @@ class AttunePromptReweight(io.ComfyNode):
             check_same_model(trajectory, runs.describe_model(model))
             source = replace(carried, sigmas=trajectory.sigmas, latents=trajectory.latents)
         else:
-            source = source_of(model, clip, trajectory, prompt, schema.node_id(cls))
+            node_id = schema.node_id(cls)
+            source = source_of(model, clip, trajectory, prompt, node_id)
+            if self_start < self_end:
+                warn_of_no_layer(model, trajectory, token_limit, node_id)
             same = refine_map(read, read)
             own = PromptToPrompt(
                 prompt=prompt,
@@ -528,13 +562,14 @@ class AttuneEmbeddingControl(io.ComfyNode):
         warn_of_another_caption(trajectory, source_prompt, node_id)
         texts = [host.read_words(clip, prompt) for prompt in (source_prompt, target_prompt)]
         alignment = align(*texts)
-        source, extras = one_text(host.encode(clip, source_prompt), "source")
-        target, tagged = one_text(host.encode(clip, target_prompt), "target")
+        like = trajectory.conditioning
+        source, extras = one_text(host.encode(clip, source_prompt, like), "source")
+        target, tagged = one_text(host.encode(clip, target_prompt, like), "target")
         mixed = control(source, target, alignment)
         new = [w.text for w in texts[1].words if (alignment[list(w.positions)] < 0).any()]
         runs.say(node_id, f"From the target prompt: {', '.join(new) or 'nothing'}. Everything else is the source's.")
         # The tag says which prompt's rows these are; all else describes the source.
-        negative = negative_of(trajectory) or host.encode(clip, "")
+        negative = negative_of(trajectory) or host.encode(clip, "", like)
         return io.NodeOutput([[mixed, {**extras, host.PROMPT: tagged[host.PROMPT]}]], negative)
 
 

@@ -14,7 +14,7 @@ from ..inversion import turns as history
 from ..inversion.file import fingerprint
 from ..inversion.trajectory import Trajectory, check_same_model, check_whole, negative_of
 from . import schema
-from .edit import share
+from .edit import share, warn_of_early_layer
 
 NOISES = [fusion.GAUSSIAN, fusion.MIXED, fusion.INVERTED]
 BOTH, POSITIVE = "both", "positive only"
@@ -237,6 +237,7 @@ class AttuneIntermediate(io.ComfyNode):
         Window(start_percent, end_percent, "start_percent to end_percent")
         host.check_plain(model)
         host.check_layers(model, [layer], "layer", name)
+        warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
         host.check_control(model, control_net, name)
         check_same_model(trajectory, runs.describe_model(model))
         region, source = region_of(mask, trajectory, name), source_text(trajectory, source, name)
@@ -306,6 +307,7 @@ class AttuneMaskedFusion(io.ComfyNode):
         name = "Attune Masked Fusion"
         host.check_plain(model)
         host.check_layers(model, [layer], "layer", name)
+        warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
         for one in (trajectory, intermediate):
             check_same_model(one, runs.describe_model(model))
         check_pair(trajectory, intermediate)
@@ -391,6 +393,7 @@ class AttuneSourceFusion(io.ComfyNode):
         name = "Attune Source Fusion"
         host.check_plain(model)
         host.check_layers(model, [layer], "layer", name)
+        warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
         check_same_model(trajectory, runs.describe_model(model))
         mask = torch.ones(1, 8, 8) if mask is None else mask
         region, source = region_of(mask, trajectory, name), source_text(trajectory, source, name)

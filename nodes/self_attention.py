@@ -19,7 +19,7 @@ from ..attention_patches.words import read_list
 from ..inversion import host as runs
 from ..inversion.trajectory import check_same_model, one_text
 from . import schema
-from .edit import edit_outputs, share, source_inputs, source_of, text_of
+from .edit import edit_outputs, share, source_inputs, source_of, text_of, warn_of_early_layer, warn_of_no_layer
 
 TARGET = "a blue circle on a gray background"
 EVERY, ONCE = "every step and layer", "once for all steps"
@@ -41,7 +41,8 @@ def null_source(model, clip, trajectory):
     """The trajectory as a reference that is read under the empty prompt."""
     host.check_unet(model)
     check_same_model(trajectory, runs.describe_model(model))
-    return Reference(NULL, trajectory.sigmas, trajectory.latents, host.encode(clip, ""), trajectory.steps)
+    text = host.encode(clip, "", trajectory.conditioning)
+    return Reference(NULL, trajectory.sigmas, trajectory.latents, text, trajectory.steps)
 
 
 def sources_of(model, clip, trajectory, prompt, node_id):
@@ -132,6 +133,8 @@ class AttuneFreePromptEditing(io.ComfyNode):
             layers=read_layers(layers, "Attune Free Prompt Editing"),
         )
         host.check_layers(model, controller.layers, "layers", "Attune Free Prompt Editing", first=1)
+        if controller.layers is None and start < end:
+            warn_of_no_layer(model, trajectory, token_limit, schema.node_id(cls))
         return io.NodeOutput(host.install(model, [reference], [controller]), text_of(clip, trajectory, target_prompt))
 
 
@@ -251,6 +254,7 @@ class AttuneMutualSelfAttention(io.ComfyNode):
             threshold=threshold,
         )
         host.check_layers(model, [layer], "layer", "Attune Mutual Self-Attention")
+        warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
         return io.NodeOutput(host.install(model, references, [controller]), text_of(clip, trajectory, target_prompt))
 
 
@@ -365,6 +369,8 @@ class AttuneContextPreserving(io.ComfyNode):
         schema.check_choice(plain_draw, [EVERY, ONCE], "plain_draw", "Attune Context Preserving")
         schema.check_choice(source_keys, [BY_SOURCE, BY_TARGET], "source_keys", "Attune Context Preserving")
         host.check_layers(model, [object_layer], "object_layer", "Attune Context Preserving")
+        if keep_object:
+            warn_of_early_layer(model, object_layer, "object_layer", schema.node_id(cls))
         read = host.read_words(clip, target_prompt)
         source = Mask(source_mask)
         target = source if target_mask is None else Mask(target_mask)
@@ -457,6 +463,7 @@ class AttuneRegionPrompts(io.ComfyNode):
         if not regions:
             return io.NodeOutput(model.clone(), host.encode(clip, prompt))
         texts = [one_text(host.encode(clip, text), "prompt") for text in (prompt, *(text for text, _ in regions))]
+        host.check_texts(model, texts)
         joined = torch.cat([text for text, _ in texts], 1)
         tag = " | ".join((prompt, *(text for text, _ in regions)))
         controller = RegionPrompts(

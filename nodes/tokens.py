@@ -121,7 +121,8 @@ class AttuneBackgroundMask(io.ComfyNode):
                 evaluate()  # shows which levels there are, so that only one of them has to be kept
                 parts.choose(self_tokens)
 
-        look(model, host.encode(clip, prompt), trajectory, every, receive, before)
+        text = host.encode(clip, prompt, trajectory.conditioning)
+        look(model, text, trajectory, every, receive, before)
         size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
         outside, objects, sheets, said = [], [], [], []
         seen = words.level(cross_tokens).transpose(0, 1)
@@ -360,7 +361,9 @@ class AttuneDynamicPrompt(io.ComfyNode):
         size = (runs.PIXELS * height, runs.PIXELS * width)
         outside = _outside(background, noun_masks, len(nouns), pictures, level.grid, size)
         _check_losses(settings, len(nouns), outside)
-        texts = host.encode(clip, prompt), host.encode(clip, "")
+        like = trajectory.conditioning
+        texts = host.encode(clip, prompt, like), host.encode(clip, "", like)
+        host.check_texts(model, *texts)
         one_text(texts[0], "source prompt's")
         learned = [p for at in positions for p in at]
         start = {
@@ -380,7 +383,7 @@ class AttuneDynamicPrompt(io.ComfyNode):
         vectors = {name: torch.stack([v[name] for v in done.vectors]).float().cpu() for name in start}
         words = LearnedWords(prompt, names, positions, vectors)
         windows = runs.windows(model, trajectory.sigmas)
-        positive = host.encode_steps(clip, prompt, words.by_position(), windows)
+        positive = host.encode_steps(clip, prompt, words.by_position(), windows, like)
         header = {
             **trajectory.header, "method": "dynamic prompt", "prompt": prompt, "words": asdict(settings),
             "null_text": asdict(nulls),

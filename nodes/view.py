@@ -40,6 +40,7 @@ def look(model, conditioning, trajectory, every, receive, before):
             before(i, functools.partial(denoise, x, sigma))
             report(i, denoise(x, sigma), x)
 
+    host.check_texts(model, conditioning)
     picture = runs.to_host_scale(model, trajectory.latents[-1])
     runs.walk(host.recording(model, receive), conditioning, picture, trajectory.sigmas, body)
 
@@ -225,12 +226,12 @@ class AttuneAttentionMaps(io.ComfyNode):
             look(model, conditioning, trajectory, every, receive, before)
             return gathered.collect(names, *choice)
 
-        found = gather(host.encode(clip, prompt))
+        found = gather(host.encode(clip, prompt, trajectory.conditioning))
         number = positions.index(masked[1])
         if kept := kept_vectors(clip, trajectory, prompt):
             learned = set().union(*kept.values())
             which = [i for i, at in enumerate(positions) if learned & set(at)]
-            texts = host.encode_steps(clip, prompt, kept, trajectory.windows)
+            texts = host.encode_steps(clip, prompt, kept, trajectory.windows, trajectory.conditioning)
             found = maps.beside(found, gather(texts), which, "learned")
             number += sum(i < number for i in which) + (number in which)  # of a learned word, what was learned
         size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
@@ -336,7 +337,9 @@ class AttuneSelfAttentionView(io.ComfyNode):
                 "Attune Self-Attention View has a prompt but no CLIP to read it with; connect the checkpoint's clip, "
                 "or leave the prompt empty."
             )
-        conditioning = host.encode(clip, prompt) if prompt.strip() else trajectory.conditioning
+        conditioning = trajectory.conditioning
+        if prompt.strip():
+            conditioning = host.encode(clip, prompt, conditioning)
         if not conditioning:
             raise ValueError(
                 "The TRAJECTORY holds no conditioning to look under; write its caption into the prompt of Attune "

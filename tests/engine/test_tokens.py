@@ -23,6 +23,7 @@ import nodes as stock
 from attune.attention_patches import background as find_background
 from attune.attention_patches import host
 from attune.attention_patches.maps import MapSum
+from attune.benchmark.families import SD2, SDXL
 from attune.demo.model import _initialise
 from attune.inversion import dynamic_prompt, gradient
 from attune.inversion import host as runs
@@ -32,7 +33,6 @@ from attune.nodes.demo import AttuneDemoScene
 from attune.nodes.self_attention import AttuneFreePromptEditing
 
 from .bench import SOURCE, TARGET, Bench, outputs
-from .test_families import SD2, SDXL
 from .test_inversion import distance, fail_at, model_in, state
 from .test_nodes import one_sentence
 

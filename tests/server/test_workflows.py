@@ -14,6 +14,7 @@ from attune.tests.server import workflow
 NOTES = {"Note", "MarkdownNote"}  # of the canvas; the server does not know them
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 REAL = "Attune - Word swap on a real image"
+XL_SWAP, XL_FPE = "Attune - SDXL word swap on a real image", "Attune - SDXL free prompt editing"
 SAVE, LOAD = "Attune - Save and reuse a trajectory", "Attune - Edit a saved trajectory"
 SHEETS = {
     "contact sheet", "attention maps", "inversion report", "maps layer by layer", "maps step by step", "self-attention",
@@ -38,6 +39,8 @@ TITLES = {
     "Attune - Local blend": "pinned source, word swap, with local blend, blend mask, contact sheet",
     "Attune - Preserve an object": "object preserved, every word kept, without attention control, contact sheet",
     "Attune - Free prompt editing": "pinned source, free prompt editing, without attention control, contact sheet",
+    XL_SWAP: "pinned source, word swap, without attention control, contact sheet",
+    XL_FPE: "pinned source, free prompt editing, without attention control, contact sheet",
     "Attune - Several edits of one picture": "another colour, another background, a third one, contact sheet",
     "Attune - Mutual self-attention": (
         "mask of a word, mutual self-attention, with masks, without attention control, contact sheet"
@@ -47,6 +50,10 @@ TITLES = {
     "Attune - Change the background": "mask of a word, background changed, without attention control, contact sheet",
     "Attune - Refine a mask while sampling": (
         "mask of a word, mask refined, mask as given, masks step by step, refined mask, contact sheet"
+    ),
+    "Attune - Choose your method": (
+        "mask of a word, prompt swap and local blend, free prompt editing, mutual self-attention, context preserving, "
+        "without attention control, contact sheet"
     ),
     "Attune - Prompts by region": "prompts by region, one prompt, contact sheet",
     "Attune - Seeing attention": (
@@ -162,11 +169,14 @@ def prepare(name: str, server: host.Server, change=lambda prompt: prompt):
 
 
 def quick(prompt: dict) -> dict:
-    """Fewer steps and updates than are shipped, and all else as it is: the minutes that they take show no more."""
+    """Fewer steps and updates than are shipped, SDXL's pictures at half their side, and all else as it is: the minutes
+    that they take show no more."""
     for node in prompt.values():
         for name, few in {"steps": 4, "inner_steps": 2, "null_steps": 2}.items():
             if isinstance(node["inputs"].get(name), int):
                 node["inputs"][name] = few
+        if node["inputs"].get("width") == 1024:
+            node["inputs"].update(width=512, height=512)
     return prompt
 
 
@@ -378,6 +388,33 @@ def found_anew(pictures, source):
     assert abs(new - pictures["mask as given"]).mean() > 1, "the mask was found and not used"
 
 
+def compared(pictures, source):
+    """Each method does its own: the swap is exact off the blend, free prompt editing keeps the layout, mutual
+    self-attention goes by the prompt's layout with the source's looks, context preserving goes by the mask."""
+    swap, free, mutual, kept, plain = (
+        pictures[title]
+        for title in (
+            "prompt swap and local blend", "free prompt editing", "mutual self-attention", "context preserving",
+            "without attention control",
+        )
+    )  # fmt: skip
+    circle, square = is_red(source), is_blue(source)
+    for picture in (swap, free, kept, plain):
+        assert sees(picture, "yellow heart")
+    assert min(overlap(is_yellow(picture), circle) for picture in (swap, free)) > 0.6
+    assert not is_yellow(plain)[circle].any(), "it stays in place without attention control, too"
+    around = ~ndimage.binary_dilation(circle, iterations=20)
+    exact, loose, none = (psnr(picture[around], source[around]) for picture in (swap, free, plain))
+    assert exact > 30 and exact > loose + 5 and loose > none + 5, f"{exact:.1f}, {loose:.1f}, {none:.1f} dB"
+    thing = is_yellow(plain)
+    assert mutual[thing, 1].mean() < plain[thing, 1].mean() - 80, "it has not taken the source's looks"
+    assert (mutual[..., 0] - mutual[..., 2])[thing].mean() > 80, "it is not where the prompt draws it"
+    place = ndimage.binary_dilation(pictures["mask of a word"][..., 0] > 127, iterations=16)
+    assert place[is_yellow(kept)].mean() > 0.6 and not place[thing].any(), "it is not in the mask"
+    assert overlap(is_yellow(kept), circle) < 0.5, "it keeps the old outline"
+    assert overlap(is_blue(kept), square) > 0.85
+
+
 def by_region(pictures, _):
     """Each thing in its box of the workflow; the plain prompt puts them elsewhere from the same seed."""
     left, right = np.zeros((2, workflow.SIDE, workflow.SIDE), bool)
@@ -462,12 +499,14 @@ SHOWN = {
     "Attune - Dynamic prompt learning": learned,
     "Attune - Learned and original words": saved_word,
     "Attune - Free prompt editing": prompt_edited,
+    XL_FPE: prompt_edited,
     "Attune - Several edits of one picture": edited_three_times,
     "Attune - Mutual self-attention": same_thing,
     "Attune - Replace an object": replaced,
     "Attune - Remove an object": removed,
     "Attune - Change the background": new_background,
     "Attune - Refine a mask while sampling": found_anew,
+    "Attune - Choose your method": compared,
     "Attune - Prompts by region": by_region,
     "Attune - Refine a prompt": refined,
     "Attune - Re-weight a word": reweighted,

@@ -82,6 +82,8 @@ IN_THE_DEMO = {  # what the workflows say, and what is said in its place
         "a purple star and a blue square on a gray background"
     ),
     "a drawing of a brown dog on a green hill": "a yellow star on a gray background",
+    "a drawing of a boy in a blue coat on a green hill": "a yellow heart and a blue square on a gray background",
+    "a drawing of a boy in a blue coat": "a yellow heart on a gray background",
     "a drawing of a sandy beach": "a blue square on a green background",
     "a drawing of a green hill": "a blue square on a gray background",
     "a photograph of a wooden table": "a gray background",
@@ -105,6 +107,7 @@ IN_THE_DEMO = {  # what the workflows say, and what is said in its place
     "a yellow dress on a green hill": "a yellow star on a gray background",
     "dress": "circle",
     "girl": "circle",
+    "girl, boy": "circle, heart",
     "jumping girl": "star",
     "dog": "star",
     "girl, dress, hill": "circle, square, background",

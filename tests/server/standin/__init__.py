@@ -1,8 +1,8 @@
 """A ComfyUI extension for the tests alone: small random files, and a node that stands for another pack.
 
-A checkpoint has the name of the Stable Diffusion 1.5 file, and the stock loader is taught its width, so that a shipped
-workflow runs without a change and without a download. A LoRA and a ControlNet fit the demo model. All are written into
-the server's own base folder. Never attach it to a ComfyUI that is in use.
+Two checkpoints have the names of the files of Stable Diffusion 1.5 and SDXL, and the stock loader is taught their
+widths, so that a shipped workflow runs without a change and without a download. A LoRA and a ControlNet fit the demo
+model. All are written into the server's own base folder. Never attach it to a ComfyUI that is in use.
 """
 
 from pathlib import Path
@@ -15,12 +15,13 @@ from comfy.cldm.cldm import ControlNet
 from comfy.ldm.modules import attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer
+from comfy.sdxl_clip import SDXLClipModel, SDXLTokenizer
 from comfy.supported_models_base import ClipTarget
 from comfy.t2i_adapter import adapter as t2i
 from comfy.taesd.taesd import TAESD
 from safetensors.torch import save_file
 
-NAME = "v1-5-pruned-emaonly-fp16.safetensors"
+NAME, XL_NAME = "v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors"
 WIDTH, TEXT_WIDTH = 32, 32  # the host's group norms have 32 groups, so nothing narrower works
 CLIP = {
     "hidden_size": TEXT_WIDTH,
@@ -36,6 +37,13 @@ class SmallClip(SD1ClipModel):
         super().__init__(device, dtype, {**(model_options or {}), "clip_l_model_config": CLIP})
 
 
+class SmallXLClip(SDXLClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        deep = CLIP | {"num_hidden_layers": 3}  # the last but one is read
+        sizes = {"clip_l_model_config": deep, "clip_g_model_config": deep}
+        super().__init__(device, dtype, {**(model_options or {}), **sizes})
+
+
 class StandIn(comfy.supported_models.SD15):
     """What the loader compares a file with. SD 1.5 has eight heads; one is what makes 64x64 tokens quick on a CPU."""
 
@@ -44,6 +52,28 @@ class StandIn(comfy.supported_models.SD15):
 
     def clip_target(self, state_dict=None):
         return ClipTarget(SD1Tokenizer, SmallClip)
+
+
+class StandInXL(comfy.supported_models.SDXL):
+    """The same for SDXL, whose finer attention, at 64x64 tokens of 1024 pixels, is left out."""
+
+    unet_config = {
+        **comfy.supported_models.SDXL.unet_config, "context_dim": 2 * TEXT_WIDTH, "model_channels": WIDTH,
+        "adm_in_channels": TEXT_WIDTH + 6 * 256, "transformer_depth": [0, 0, 0, 0, 2, 2],
+    }  # fmt: skip
+    unet_extra_config = {"num_heads": -1, "num_head_channels": WIDTH}
+
+    def clip_target(self, state_dict=None):
+        return ClipTarget(SDXLTokenizer, SmallXLClip)
+
+
+def build_xl_unet():
+    return UNetModel(
+        **StandInXL.unet_config, **StandInXL.unet_extra_config, image_size=32, in_channels=4, out_channels=4,
+        num_res_blocks=[2, 2, 2], channel_mult=(1, 2, 4), use_spatial_transformer=True, legacy=False,
+        transformer_depth_output=[0] * 6 + [2] * 3, transformer_depth_middle=2, num_classes="sequential",
+        dtype=torch.float32, operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
 
 
 def build_unet():
@@ -75,10 +105,19 @@ def save(folder, name, tensors):
 
 
 def checkpoint(random):
-    unet = filled(build_unet(), "model.diffusion_model.", random)
+    text = {k.replace("clip_l", "cond_stage_model", 1): v for k, v in filled(SmallClip(), "", random).items()}
+    return with_unet(build_unet(), text, random)
+
+
+def xl_checkpoint(random):
+    text = StandInXL({}).process_clip_state_dict_for_saving(filled(SmallXLClip(), "", random))
+    return with_unet(build_xl_unet(), text, random)
+
+
+def with_unet(unet, text, random):
+    unet = filled(unet, "model.diffusion_model.", random)
     # A random network is no denoiser; a faint one leaves the picture alone, and null-text has little to learn.
     unet["model.diffusion_model.out.2.weight"] *= 0.001
-    text = {k.replace("clip_l", "cond_stage_model", 1): v for k, v in filled(SmallClip(), "", random).items()}
     return {**unet, **text, **filled(TAESD(), "first_stage_model.", random)}
 
 
@@ -149,10 +188,12 @@ class StandInAdapter:
         return (model,)
 
 
-NODE_CLASS_MAPPINGS = {"StandInAdapter": StandInAdapter}
+# ComfyUI-Manager reads ids out of every repository, tests included; it does not see this form.
+NODE_CLASS_MAPPINGS = dict(StandInAdapter=StandInAdapter)
 
-comfy.supported_models.models.insert(0, StandIn)
+comfy.supported_models.models[:0] = StandIn, StandInXL
 save("checkpoints", NAME, checkpoint(torch.Generator().manual_seed(0)))
+save("checkpoints", XL_NAME, xl_checkpoint(torch.Generator().manual_seed(0)))
 save("loras", "demo.safetensors", lora(torch.Generator().manual_seed(0)))
 save("controlnet", "demo.safetensors", control_net(torch.Generator().manual_seed(0)))
 torch.save(t2i_adapter(), Path(folder_paths.get_folder_paths("controlnet")[0]) / "t2iadapter_sketch_sd15v2.pth")
