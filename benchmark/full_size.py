@@ -1,4 +1,4 @@
-"""Every shipped workflow at Stable Diffusion 1.5's real size, with random weights made on the fly: no download.
+"""Every workflow for Stable Diffusion 1.5 at its real size, with random weights made on the fly: no download.
 
 The checkpoint has SD 1.5's configuration and file layout in fp16, under the name that the workflows ask for, and so has
 the T2I-Adapter. Each workflow runs as it is shipped, on a real server of its own over HTTP; only the picture's side and
@@ -118,13 +118,13 @@ def furnish(base, release):
 
 
 def names(only=()):
-    """The workflows that load a checkpoint, cheapest first; one that edits a saved trajectory after the one that saves
-    it. ``only``: parts of names.
+    """The workflows that load SD 1.5's checkpoint, cheapest first; one that edits a saved trajectory after the one that
+    saves it. ``only``: parts of names.
     """
     cost = {}
     for name in workflow.NAMES:
         nodes = workflow.load(name).values()
-        if any(node["class_type"] == "CheckpointLoaderSimple" for node in nodes):
+        if any(node["inputs"].get("ckpt_name") == CHECKPOINT for node in nodes):
             learns = any(key in node["inputs"] for node in nodes for key in UPDATES)
             cost[name] = learns, sum(node["class_type"] in SAMPLERS for node in nodes), name
     cost[LOAD] = (*cost[SAVE], LOAD)
