@@ -45,7 +45,6 @@ ROOMS = ("unit", "engine", "server", "browser")
 # What runs beside the other rooms when all are asked for, so that both halves take about as long.
 BESIDE = ("tests/server", "tests/browser", *(f"tests/engine/test_{name}.py" for name in (
     "parity", "editing_parity", "self_parity", "self_benchmarks", "faithfulness", "feature_cache", "scale", "timing",
-    "inversion",
 )))  # fmt: skip
 SCRIPTS = {
     "train": "demo.train",

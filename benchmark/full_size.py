@@ -43,10 +43,6 @@ AUTOENCODER = {
     "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
     "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
 }  # fmt: skip
-SHIPPED_SIDE = 512
-# What has places, sides or margins in pixels.
-SIZED = {"ImageScale", "EmptyLatentImage", "SolidMask", "MaskComposite", "AttuneMaskStrategy", "AttuneAttentionMaps"}
-UPDATES = ("inner_steps", "null_steps")
 SAMPLERS = {"SamplerCustom", "KSampler", "AttuneRecordTrajectory", "AttuneIntermediate"}
 SAVE, LOAD = "Attune - Save and reuse a trajectory", "Attune - Edit a saved trajectory"
 FLAT = 2.0  # levels of 255: a picture that varies less is one colour
@@ -125,23 +121,10 @@ def names(only=()):
     for name in workflow.NAMES:
         nodes = workflow.load(name).values()
         if any(node["inputs"].get("ckpt_name") == CHECKPOINT for node in nodes):
-            learns = any(key in node["inputs"] for node in nodes for key in UPDATES)
+            learns = any(key in node["inputs"] for node in nodes for key in workflow.UPDATES)
             cost[name] = learns, sum(node["class_type"] in SAMPLERS for node in nodes), name
     cost[LOAD] = (*cost[SAVE], LOAD)
     return [name for name in sorted(cost, key=cost.get) if not only or any(part in name for part in only)]
-
-
-def resized(prompt, side, steps, updates):
-    """The same workflow at another side, with other numbers of steps and of updates to embeddings."""
-    for node in prompt.values():
-        inputs = node["inputs"]
-        if node["class_type"] in SIZED:
-            for key in {"width", "height", "x", "y", "grow"} & set(inputs):
-                inputs[key] = inputs[key] * side // SHIPPED_SIDE
-        for key, value in {"steps": steps, **dict.fromkeys(UPDATES, updates)}.items():
-            if isinstance(inputs.get(key), int):
-                inputs[key] = min(inputs[key], value)
-    return prompt
 
 
 class Peak:
@@ -201,7 +184,7 @@ def told(text):
 
 def measure(name, release, base, side, steps, updates):
     """One workflow on a server of its own. Returns a line of the results."""
-    prompt = resized(workflow.load(name), side, steps, updates)
+    prompt = workflow.resized(workflow.load(name), side, steps, updates)
     row = {"workflow": name, "side": side, "steps": steps, "updates": updates, "host": str(release)}
     cpu = not host.has_accelerator(release.python)
     # Left alone, the host takes a file of fp16 apart into fp32 on a CPU; on a GPU the weights stay as they are.

@@ -14,6 +14,7 @@ from attune.tests.server import workflow
 NOTES = {"Note", "MarkdownNote"}  # of the canvas; the server does not know them
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 REAL = "Attune - Word swap on a real image"
+QUICK_SIDE = 256
 XL_SWAP, XL_FPE = "Attune - SDXL word swap on a real image", "Attune - SDXL free prompt editing"
 SAVE, LOAD = "Attune - Save and reuse a trajectory", "Attune - Edit a saved trajectory"
 SHEETS = {
@@ -169,15 +170,8 @@ def prepare(name: str, server: host.Server, change=lambda prompt: prompt):
 
 
 def quick(prompt: dict) -> dict:
-    """Fewer steps and updates than are shipped, SDXL's pictures at half their side, and all else as it is: the minutes
-    that they take show no more."""
-    for node in prompt.values():
-        for name, few in {"steps": 4, "inner_steps": 2, "null_steps": 2}.items():
-            if isinstance(node["inputs"].get(name), int):
-                node["inputs"][name] = few
-        if node["inputs"].get("width") == 1024:
-            node["inputs"].update(width=512, height=512)
-    return prompt
+    """A smaller picture and fewer steps and updates than are shipped: the minutes that they take show no more."""
+    return workflow.resized(prompt, QUICK_SIDE, steps=4, updates=2)
 
 
 def run_and_look(name: str, server: host.Server):
@@ -186,7 +180,7 @@ def run_and_look(name: str, server: host.Server):
     pictures = pictures_of(change(workflow.load(name)), server)
     assert set(pictures) == set(TITLES[name].split(", "))
     # The stand-in for Stable Diffusion hardly hears words; what the pictures show is looked at in the demo world.
-    side, least = (workflow.SIDE, 1) if name == workflow.DEMO else (512, 0)
+    side, least = (workflow.SIDE, 1) if name == workflow.DEMO else (QUICK_SIDE, 0)
     for title, picture in pictures.items():
         assert title in BLENDED or picture.std() > 2, f"{title} is one flat colour"
         assert title in SHEETS or picture.shape == (side, side, 3), title

@@ -47,6 +47,25 @@ def pixels(server: host.Server, image: dict) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(server.view(image))))
 
 
+# What has places, sides or margins in pixels.
+SIZED = {"ImageScale", "EmptyLatentImage", "SolidMask", "MaskComposite", "AttuneMaskStrategy", "AttuneAttentionMaps"}
+UPDATES = ("inner_steps", "null_steps")
+
+
+def resized(prompt: dict, side: int, steps: int, updates: int) -> dict:
+    """The same workflow at another side of its picture, with at most so many steps, and updates to embeddings."""
+    sized = [node["inputs"] for node in prompt.values() if node["class_type"] in SIZED]
+    shipped = max((inputs["width"] for inputs in sized if "width" in inputs), default=side)
+    for inputs in sized:
+        for key in {"width", "height", "x", "y", "grow"} & set(inputs):
+            inputs[key] = inputs[key] * side // shipped
+    for inputs in (node["inputs"] for node in prompt.values()):
+        for key, most in {"steps": steps, **dict.fromkeys(UPDATES, updates)}.items():
+            if isinstance(inputs.get(key), int):
+                inputs[key] = min(inputs[key], most)
+    return prompt
+
+
 def forget(server):
     """Makes ComfyUI drop its models and cached results. It does so between two prompts, so one must follow."""
     server.post("/free", {"unload_models": True, "free_memory": True})
