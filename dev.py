@@ -12,9 +12,10 @@
     python3 dev.py train|score ARGS             train or measure the demo model
     python3 dev.py bench ARGS                   inversions: quality, speed, parity; edits: edits, self-edits, cost,
                                                 edit-parity, self-parity; what attention maps know: probing;
-                                                dynamic-prompt: where learned words look; everything side by side:
-                                                run, over ComfyUI servers and data sets; faithfulness; time; full-size;
-                                                the help pages: pictures; the icon and banner: emblem
+                                                dynamic-prompt: where learned words look; edits from a sketch: fusion;
+                                                everything side by side: run, over ComfyUI servers and data sets;
+                                                faithfulness; time; full-size; the help pages: pictures; the icon and
+                                                banner: emblem
     python3 dev.py python ARGS                  the environment's Python with ComfyUI importable
 
 Set COMFYUI_PATH (and COMFYUI_PYTHON, if its Python is not found beside it) to use a ComfyUI that you have: nothing is
