@@ -26,6 +26,16 @@ def inference():
         yield
 
 
+@pytest.fixture
+def server_progress(monkeypatch):
+    """An older ComfyUI looks for Cancel in its server's progress bar only, so there is one here."""
+    import comfy.model_management
+    import comfy.utils
+
+    look = comfy.model_management.throw_exception_if_processing_interrupted
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *_, **__: look())
+
+
 @pytest.fixture(scope="module")
 def bench():
     import torch

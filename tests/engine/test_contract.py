@@ -1,7 +1,6 @@
 """What every method promises, whatever it does: each test runs through all of ``bench.METHODS``."""
 
 import comfy.model_management
-import comfy.utils
 import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_easycache as easycache
 import comfy_extras.nodes_pag as pag
@@ -265,11 +264,9 @@ def test_an_ip_adapter_before_and_after(method, bench, on):
     assert differ(bench.sample(twice, positive), after) < 1e-3
 
 
-def test_interrupt_leaves_nothing_behind(bench, on, plain, monkeypatch):
+@pytest.mark.usefixtures("server_progress")
+def test_interrupt_leaves_nothing_behind(bench, on, plain):
     model, positive, whole = on
-    # An older ComfyUI looks for Cancel in its server's progress bar only.
-    look = comfy.model_management.throw_exception_if_processing_interrupted
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *_, **__: look())
     calls = []
 
     def cancel(_, args):

@@ -476,6 +476,7 @@ def cancelled(picture, call, run):
     assert len(calls) <= call + 5
 
 
+@pytest.mark.usefixtures("server_progress")
 def test_cancel_leaves_nothing_behind(small, small_led):
     cancelled(small, 4, small.intermediate)
     cancelled(small, 7, lambda: small.draw(small_led.fused))
