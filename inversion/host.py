@@ -50,10 +50,15 @@ def schedule(model, steps, grid):
     return comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", steps).cpu().float()
 
 
+def falls(sigmas):
+    """Whether SIGMAS are a way from noise to picture: two levels or more, each below the one before."""
+    return len(sigmas) >= 2 and not bool((sigmas.diff() >= 0).any())
+
+
 def whole_schedule(model, sigmas):
     """The user's SIGMAS in fp32. Raises ValueError where they are not a way from noise to a finished picture."""
     sigmas = sigmas.cpu().float()
-    if len(sigmas) < 2 or bool((sigmas.diff() >= 0).any()) or float(sigmas[-1]) > lowest_sigma(model):
+    if not falls(sigmas) or float(sigmas[-1]) > lowest_sigma(model):
         ends = f"from {float(sigmas[0]):.4g} to {float(sigmas[-1]):.4g}" if len(sigmas) else "none"
         raise ValueError(
             f"The SIGMAS are {len(sigmas)} levels, {ends}, but inversion needs levels that fall from noise to a "

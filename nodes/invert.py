@@ -424,7 +424,7 @@ class AttuneRecordTrajectory(io.ComfyNode):
     def execute(cls, model, add_noise, noise_seed, cfg, positive, negative, sampler, sigmas, latent_image):
         check_unet(model)
         check_texts(model, positive, negative)
-        if len(sigmas) < 2 or bool((sigmas.diff() >= 0).any()):
+        if not host.falls(sigmas):
             raise ValueError(
                 f"The SIGMAS are {len(sigmas)} levels that do not fall from noise to picture; connect a scheduler to "
                 "Attune Record Trajectory, without Flip Sigmas."
