@@ -40,6 +40,7 @@ from .local_blend import blend
 from .maps import nearest
 from .reference import Spec
 from .refinement import Found
+from .start import adds_noise, off_trajectory
 from .values import QKV, Place, apply_map, attention_map
 from .watch import Lookout
 from .words import CHUNK, group_words, read_braces, stands_alone
@@ -49,9 +50,12 @@ RUN = "attune_run"  # in transformer_options while sampling: what this run has g
 PROMPT = "attune_prompt"  # in a conditioning's dictionary: the prompt it was encoded from
 TEXT, SEED = "attune_text", "attune_seed"  # there too: what a part is drawn from, for people to read
 END = 49407  # CLIP's end token, which also pads
+NULL_CFG = "attune_null_cfg"  # in a negative's dictionary: the cfg that inversion/trajectory.py says it was learned for
 CACHE = "attune_cache"  # in transformer_options: the FeatureCache that the user put on MODEL, if any
 RIDERS = "attune_riders"  # in transformer_options: references that are to be rows of the target's call
-ROLE = "attune_role"  # among a conditioning's model_conds: which edit its rows belong to, or one of these two
+PICTURES = "attune_pictures"  # there too: which picture of the sampler's latent each row of a call draws
+# Among a conditioning's model_conds, (B, 2): which edit its rows belong to, or one of the two below; which picture.
+ROLE = "attune_role"
 # What SDXL is told of a picture beside its text, by the names that the stock encoders for it write.
 SIZES = {"width", "height", "crop_w", "crop_h", "target_width", "target_height", "aesthetic_score"}
 NONE, NEGATIVE = 0, -1  # a part's negative rows have the part's role below zero, less this one
@@ -396,11 +400,13 @@ def source_of_words(model, prompt):
 # ---- wrappers around one sampling --------------------------------------------------------------------------------
 
 
-def _outer_sample(executor, *args, **kwargs):
+def _outer_sample(executor, noise, latent_image, sampler, *args, **kwargs):
     options = executor.class_obj.model_options["transformer_options"]
     run = options[RUN] = _Run(options[KEY], options.get(CACHE))
+    run.noise_added = bool(noise.any())
+    run.tell_of_noise(sampler)
     try:
-        latent = executor(*args, **kwargs)
+        latent = executor(noise, latent_image, sampler, *args, **kwargs)
         run.log(latent)
         return latent
     finally:
@@ -413,35 +419,92 @@ def _predict_noise(executor, x, timestep, model_options, seed):
     if run is None:
         return executor(x, timestep, model_options, seed)
     if not run.ready:
-        run.prepare(executor.class_obj, x, model_options["transformer_options"]["sample_sigmas"])
+        sigmas = model_options["transformer_options"]["sample_sigmas"]
+        run.prepare(executor.class_obj, x, sigmas)
+        run.tell_of_start(x, float(timestep[0]), sigmas)
+        run.tell_of_cfg(executor.class_obj)
+    if x.shape != run.shape:
+        raise ValueError(_in_pieces(x.shape, run.shape))
     return run.blend(x, executor(x, timestep, model_options, seed), float(timestep[0]))
 
 
 def _calc_cond_batch(executor, model, conds, x, timestep, model_options):
     run = model_options["transformer_options"].get(RUN)
-    if run is None or not run.enter(float(timestep[0])):
+    if run is None:
+        return executor(model, conds, x, timestep, model_options)
+    pictures = _pictures(x.shape, run.shape, model_options["transformer_options"].get("context_window"))
+    conds = [group and [_of_pictures(c, pictures, run.shape[0]) for c in group] for group in conds]
+    if not run.enter(float(timestep[0]), pictures):
         return executor(model, conds, x, timestep, model_options)
     riders = run.riders(model, conds, x, timestep, model_options)
     if not riders:
         run.read_references(model, x, timestep, model_options)
-    patched = _patched(run.layers, model_options, _EditPatch(run, len(x)))
+    patched = _patched(run.layers, model_options, _EditPatch(run))
     patched["transformer_options"][RIDERS] = riders
-    if riders or not run.finds_at_once or len(conds) < 2:
-        return executor(model, conds, x, timestep, patched)
+    run.calls.clear()
     # What the positive rows show is needed in the negative ones, and the host may run either first.
     ours = [any(_edit_of(c) for c in group or []) for group in conds]
-    halves = [[g if mine == half else None for g, mine in zip(conds, ours, strict=True)] for half in (True, False)]
-    first, second = (executor(model, half, x, timestep, patched) for half in halves)
-    return [a if mine else b for a, b, mine in zip(first, second, ours, strict=True)]
+    if riders or not run.finds_at_once or len(conds) < 2:
+        found = executor(model, conds, x, timestep, patched)
+    else:
+        halves = [[g if mine == half else None for g, mine in zip(conds, ours, strict=True)] for half in (True, False)]
+        first, second = (executor(model, half, x, timestep, patched) for half in halves)
+        found = [a if mine else b for a, b, mine in zip(first, second, ours, strict=True)]
+    if any(ours) and run.calls[None] and not run.calls[ROLE]:
+        raise ValueError(
+            "Another node calls the MODEL without what ComfyUI says of its rows, so the Attune edit would be lost; "
+            "take that node (a tiled sampler, say) off the MODEL that goes through the Attune node."
+        )
+    return found
+
+
+def _pictures(shape, whole, window):
+    """Which pictures of the ``whole`` latent's shape (B, C, h, w) a call on one of ``shape`` draws, by the host's own
+    context ``window`` where it is a part. Raises ValueError for any other part."""
+    if shape == whole:
+        return tuple(range(whole[0]))
+    if window is not None and window.dim == 0 and (len(window.index_list), *whole[1:]) == tuple(shape):
+        return tuple(window.index_list)
+    raise ValueError(_in_pieces(shape, whole))
+
+
+def _in_pieces(shape, whole):
+    """The sentence for a call of the UNet with a part of the image, or of the batch, that cannot be told."""
+    (count, _, h, w), (pictures, _, height, width) = shape, whole
+    what = f"{width * 8}x{height * 8} image in pieces of {w * 8}x{h * 8} pixels"
+    if (h, w) == (height, width):
+        what = f"batch of {pictures} images in parts of {count}"
+    return (
+        f"Another node samples the {what}, but an Attune edit must know which part of the source each one is; take "
+        "that node (a tiled sampler or sliding windows that are not ComfyUI's own) off the MODEL that goes through the "
+        "Attune node."
+    )
+
+
+def _of_pictures(cond, pictures, count):
+    """A prepared conditioning for some of the ``count`` pictures: of what has a row for each, theirs."""
+    if len(pictures) == count:
+        return cond
+    model_conds = {
+        name: one._copy_with(one.cond[list(pictures)])
+        if torch.is_tensor(one.cond) and count > 1 and len(one.cond) == count
+        else one
+        for name, one in cond["model_conds"].items()
+    }
+    return {**cond, "model_conds": model_conds}
 
 
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
-    tags = conds.pop(ROLE, None)
-    if tags is None:
+    tags, run = conds.pop(ROLE, None), transformer_options.get(RUN)
+    if run is not None:
+        run.calls[None if tags is None else ROLE] += 1
+    if run is None or tags is None:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
+    if len(tags) != len(x) or x.shape[2:] != run.shape[2:]:
+        raise ValueError(_in_pieces(x.shape, run.shape))
     # Read once a call, since every look at a tensor's values makes a GPU wait.
-    tags = tags[:, 0].tolist()
-    rows = {role: [i for i, t in enumerate(tags) if t == role] for role in set(tags)}
+    roles, pictures = zip(*tags.tolist(), strict=True)
+    rows = {role: [i for i, one in enumerate(roles) if one == role] for role in set(roles)}
     riders = transformer_options.get(RIDERS) or {}
     riders = riders if any(rows) else {}  # a call without rows of an edit takes none along
     count = len(x)
@@ -450,7 +513,8 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
         x, t = torch.cat([x, latent]), torch.cat([t, t[:1].expand(len(latent))])
         c_crossattn = CONDCrossAttn(c_crossattn).concat([texts["c_crossattn"]])
         conds = {key: torch.cat([value, texts[key].cond]) for key, value in conds.items()}
-    transformer_options = {**transformer_options, ROLE: rows}
+    run.roles |= rows.keys()
+    transformer_options = {**transformer_options, ROLE: rows, PICTURES: pictures}
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)[:count]
 
 
@@ -469,12 +533,17 @@ class _Run:
         self.sources = {}  # reference name -> its key in the cache, None for one that has none
         self.passes, self.spared, self.full = 0, 0, False  # source passes wanted, and not run; whether the cache was
         self.ready = False
+        self.noise_added = False  # whether the sampler was given noise to add
+        self.shape = None  # of the sampler's latent (B, C, h, w)
+        self.pictures = ()  # the pictures of it that this pass draws, by their numbers
+        self.met, self.unseen = set(), set()  # those that this noise level's passes drew; those that no earlier one did
+        self.calls = Counter()  # how often the UNet was called in this pass with rows that are known, and without
+        self.roles = set()  # whose rows have been drawn in this sampling
         self.conds = {}
         self.layers = []
         self.levels = []  # the noise levels that the sampler was given
         self.sigma = self.step = self.steps = None
         self.features = {}  # reference name -> layer -> QKV
-        self.fresh = False  # whether this pass is the first at its noise level
         self.places = {}  # layer -> its attention grid (h, w), in the order that the UNet runs them
         self.numbers = {}  # layer -> its number among those of its kind
         self.read = {}  # reference name -> the layers where it is read in this step, in order
@@ -492,8 +561,9 @@ class _Run:
         for gathered in (self.conds, self.features, self.found):
             gathered.clear()
 
-    def enter(self, sigma):
-        """Sets the step; False where nothing acts or looks on in it, so that nothing is run or patched."""
+    def enter(self, sigma, pictures):
+        """Sets the step, and the pictures that this pass draws; False where nothing acts or looks on in it, so that
+        nothing is run or patched."""
         self.step, self.steps = self.clock(sigma)
         self.read, acts = {}, False
         for layer, grid in self.places.items():
@@ -501,11 +571,15 @@ class _Run:
             acts = acts or bool(readers)
             for name in {name for one in readers for name in one.reads}:
                 self.read.setdefault(name, []).append(layer)
-        self.fresh = sigma != self.sigma
+        fresh = sigma != self.sigma
         self.sigma = sigma if acts else None
-        if self.fresh or not acts:
+        if fresh or pictures != self.pictures or not acts:
             self.features.clear()
-        if self.fresh and acts:
+        self.met = set() if fresh else self.met
+        self.unseen = set(pictures) - self.met
+        self.met |= self.unseen
+        self.pictures = pictures
+        if fresh and acts:
             self.lookout.next_step()
             self.find()
         return acts
@@ -545,8 +619,42 @@ class _Run:
         """Whether what the positive rows show is needed in the negative ones of the same step."""
         return any(c.watch is not None and c.watch.at_once for c in self.spec.controllers)
 
+    def tell_of_noise(self, sampler):
+        """Says where a sampler of the host's adds noise at its steps."""
+        function = getattr(sampler, "sampler_function", None)
+        if function is not None and adds_noise(function, sampler.extra_options):
+            for tell in self.tells:
+                tell(
+                    f"The sampler {function.__name__.removeprefix('sample_')} adds noise at its steps, which takes the "
+                    "edit off the source's TRAJECTORY; choose one that adds none, such as euler, or set its eta to 0."
+                )
+
+    def tell_of_start(self, x, sigma, sigmas):
+        """Says where the sampling does not start on the trajectory of an edit that is made for that."""
+        for reference in self.spec.references:
+            if reference.tell and (text := off_trajectory(reference, x, sigma, sigmas, self.noise_added)):
+                return reference.tell(text)
+
+    def tell_of_cfg(self, guider):
+        """Says where null-text embeddings that were learned for one cfg are sampled at another."""
+        cfg = getattr(guider, "cfg", None)
+        learned = {cond.get(NULL_CFG) for name in guider.conds for cond in guider.conds[name] if "negative" in name}
+        for goal in learned - {None}:
+            if cfg is not None and abs(cfg - goal) > 1e-3:
+                for tell in self.tells:
+                    tell(
+                        f"The sampler's cfg is {cfg:g}, but the null-text embeddings in its negative were learned for "
+                        f"{goal:g}; set cfg to {goal:g}, or learn them anew at {cfg:g}."
+                    )
+
+    @property
+    def tells(self):
+        """Who hears of what goes wrong while sampling: the first edit of those that start on their trajectory."""
+        return [r.tell for r in self.spec.references if r.tell][:1]
+
     def prepare(self, guider, x, sample_sigmas):
         """Tags the guider's conditionings and converts the references'; raises ValueError for what does not fit."""
+        self.shape = x.shape
         for reference in self.spec.references:
             _check_fit(reference, x, float(sample_sigmas[0]))
         for name, mask in (pair for one in (*self.spec.controllers, *self.spec.blends) for pair in one.masks):
@@ -562,7 +670,7 @@ class _Run:
                 role = self._negative_role(cond, negative) if "negative" in name else self._role(cond)
                 found.add(role)
                 _refuse_area(cond)
-                tag = CONDRegular(torch.tensor([[role]], device=x.device))
+                tag = _tag(role, len(x), x.device)
                 cond["model_conds"] = {**cond["model_conds"], ROLE: tag}
         for role, prompt in enumerate(self.spec.lengths, 1):
             halves = {role, NEGATIVE - role} if any("negative" in name for name in guider.conds) else {role}
@@ -581,7 +689,8 @@ class _Run:
             conds = {"positive": comfy.sampler_helpers.convert_cond(reference.conditioning)}
             picture = reference.latents[-1].to(x)  # models with an inpainting input want to see one
             conds = comfy.samplers.process_conds(guider.inner_model, x, conds, x.device, latent_image=picture)
-            self.conds[reference.name] = conds["positive"]
+            tag = {ROLE: _tag(NONE, len(picture), x.device)}
+            self.conds[reference.name] = [{**c, "model_conds": c["model_conds"] | tag} for c in conds["positive"]]
         if self.cache is not None:
             self.sources = {r.name: _fingerprint(r, guider.model_patcher) for r in self.spec.references}
         unet = guider.inner_model.diffusion_model
@@ -619,32 +728,46 @@ class _Run:
             return {}
         sigma = self.sigma
         active = [[c for c in group if _holds(c, sigma)] for group in conds if group is not None]
-        ours = [c for name in self.read for c in self.conds[name] if _holds(c, sigma)]
+        texts = {name: self.texts(name) for name in self.read}
+        ours = [c for name in self.read for c in texts[name] if _holds(c, sigma)]
         every = [c for group in active for c in group] + ours
         alone = (
             self.cache is not None
             or any(layers[-1][1:3] != list(self.places)[-1][1:3] for layers in self.read.values())
             or _others_work(model_options)
             or any(set(c) & NOT_IN_ROWS for c in every)
-            or any(set(c["model_conds"]) - {ROLE} != set(ours[0]["model_conds"]) for c in every)
+            or any(set(c["model_conds"]) != set(ours[0]["model_conds"]) for c in every)
             or any(type(kind) not in IN_ROWS for c in every for kind in c["model_conds"].values())
             or len(ours) != len(self.read)
         )
         if alone:
             return {}
-        latents = {r.name: r.latent(sigma).to(x) for r in self.spec.references if r.name in self.read}
+        latents = {r.name: self.latent(r).to(x) for r in self.spec.references if r.name in self.read}
         rows = len(x) * (len(every) - len(ours)) + sum(map(len, latents.values()))
         # The host's own measure of what it may run at once.
         if model.memory_required([rows, *x.shape[1:]]) * 1.5 > comfy.model_management.get_free_memory(x.device):
             return {}
         self.features.clear()
-        texts = (
+        found = (
             comfy.samplers.get_area_and_mult(c, latents[n], timestep)
             for n in latents
-            for c in self.conds[n]
+            for c in texts[n]
             if _holds(c, sigma)
         )
-        return {name: (latents[name], one.conditioning) for name, one in zip(latents, texts, strict=True)}
+        return {name: (latents[name], one.conditioning) for name, one in zip(latents, found, strict=True)}
+
+    def latent(self, reference):
+        """A reference's latent at this sigma: one picture, or those that this pass draws."""
+        found = reference.latent(self.sigma)
+        return found if len(found) == 1 else found[list(self.pictures)]
+
+    def texts(self, name):
+        """A reference's prepared conditioning, for the pictures that this pass draws."""
+        return [_of_pictures(c, self.pictures, self.shape[0]) for c in self.conds[name]]
+
+    def moment(self, reference):
+        """What the cache knows this pass' features of a reference by, beside their source."""
+        return self.sigma if len(reference.latents[0]) == 1 else (self.sigma, self.pictures)
 
     def read_references(self, model, x, timestep, model_options):
         """Runs the UNet on each reference's latent at this sigma, one row a picture; keeps what controllers want."""
@@ -655,25 +778,27 @@ class _Run:
         cached = self.cache is not None and not _others_work(model_options)
         options = dict(model_options["transformer_options"])
         options["wrappers"] = {k: v for k, v in options["wrappers"].items() if k not in skipping}
-        model_options = {**model_options, "transformer_options": options}
+        # A reference has just the pictures of this pass, with no windows of its own.
+        model_options = {**model_options, "transformer_options": options, "context_handler": None}
         for reference in (r for r in self.spec.references if r.name in self.read):
             store = self.features.setdefault(reference.name, {})
             self.passes += 1
-            if cached and self.recall(reference.name, store, x.device):
+            if cached and self.recall(reference, store, x.device):
                 continue
-            latent = reference.latent(self.sigma).to(x)
-            patched = _patched(self.layers, model_options, _CapturePatch(self, reference.name, store))
-            conds = [self.conds[reference.name]]
+            latent = self.latent(reference).to(x)
+            patched = _patched(self.layers, model_options, _CapturePatch(self, reference.name, len(latent), store))
+            conds = [self.texts(reference.name)]
             with contextlib.suppress(_ReadAll):
                 comfy.samplers.calc_cond_batch(model, conds, latent, timestep[: len(latent)], patched)
             if cached and self.sources[reference.name] is not None:
                 others = [s for s in self.sources.values() if s is not None]
-                self.full |= not self.cache.keep(self.sources[reference.name], self.sigma, store, others)
+                moment = self.moment(reference)
+                self.full |= not self.cache.keep(self.sources[reference.name], moment, store, others)
 
-    def recall(self, name, store, device):
+    def recall(self, reference, store, device):
         """Puts what the cache has of a reference at this sigma into ``store``; False where it lacks any of it."""
-        source = self.sources[name]
-        kept = None if source is None else self.cache.find(source, self.sigma, self.read[name])
+        source, wanted = self.sources[reference.name], self.read[reference.name]
+        kept = None if source is None else self.cache.find(source, self.moment(reference), wanted)
         if kept is None:
             return False
         store.update((layer, QKV(*(t.to(device, non_blocking=True) for t in one))) for layer, one in kept.items())
@@ -688,6 +813,8 @@ class _Run:
                 continue
             maps = self.lookout.seen(one).all
             if one.watch is not None and maps is None:
+                if 1 + list(self.spec.lengths).index(one.prompt) not in self.roles:
+                    continue  # its prompt only takes over later, so nothing is known of its words yet
                 raise ValueError(
                     "Attune Local Blend found no attention map of its words, since another pack changes the picture's "
                     "tokens in that layer; choose another number of tokens there, or connect a mask in place of the "
@@ -745,6 +872,11 @@ def _holds(cond, sigma):
     return cond.get("timestep_end", 0.0) <= sigma <= cond.get("timestep_start", float("inf"))
 
 
+def _tag(role, pictures, device):
+    """What says, row by row, whose rows a conditioning's are and which picture each draws."""
+    return CONDRegular(torch.tensor([[role, picture] for picture in range(pictures)], device=device))
+
+
 def _refuse_area(cond):
     if cond.get("area") is not None:
         raise ValueError(
@@ -771,8 +903,8 @@ def _check_fit(reference, x, first_sigma):
     if first_sigma > start * 1.02:
         raise ValueError(
             f"The sampler starts at sigma {first_sigma:.4g}, before the TRAJECTORY's first, {start:.4g}; connect the "
-            "SIGMAS of the node that made the TRAJECTORY, or choose its steps and the scheduler ddim_uniform in the "
-            "sampler."
+            "sigmas of the node that made the TRAJECTORY to SamplerCustom, or use KSampler (Advanced) with the "
+            "inversion's steps and scheduler and with add_noise disabled."
         )
 
 
@@ -936,10 +1068,13 @@ class _ReadAll(Exception):
 class _CapturePatch:
     run: _Run
     name: str
+    pictures: int
     store: dict
 
     def __call__(self, kind, own, options, attend, inner):
         grid, layer, run = _lines_up(own, options), _layer(kind, options), self.run
+        if len(own.q) != self.pictures:
+            raise ValueError(_in_pieces((len(own.q), *run.shape[1:]), run.shape))
         if grid is not None and run.reads(run.place(layer, grid), self.name):
             self.store[layer] = own
             # Where another pack shrinks the picture inside the UNet, a later layer may be wanted after all.
@@ -960,7 +1095,6 @@ class _Task:
 @dataclass(frozen=True)
 class _EditPatch:
     run: _Run
-    batch: int
 
     def __call__(self, kind, own, options, attend, inner):
         grid, rows = _lines_up(own, options), options.get(ROLE)
@@ -980,14 +1114,14 @@ class _EditPatch:
             negative = rows.get(half, []) if controller.both_halves else []
             if len(set(controller.reads)) == 1:  # both halves read the same
                 positive, negative = positive + negative, []
-            tasks += [self._task(controller, place, at, at is negative) for at in (positive, negative) if at]
+            pictures = options[PICTURES]
+            tasks += [self._task(controller, place, at, at is negative, pictures) for at in (positive, negative) if at]
         if kind == "self":
             return self._self_attention(own, options, attend, inner, tasks, held)
         return self._cross_attention(place, own, options, attend, inner, tasks, roles, held)
 
-    def _task(self, controller, place, rows, negative):
-        # A chunk's rows follow the pictures of the batch.
-        pictures = tuple(row % self.batch for row in rows)
+    def _task(self, controller, place, rows, negative, pictures):
+        pictures = tuple(pictures[row] for row in rows)
         return _Task(controller, replace(place, pictures=pictures, negative=negative), rows)
 
     def _held(self, place, own, options):
@@ -1001,17 +1135,21 @@ class _EditPatch:
         for name, store in self.run.features.items():
             yield name, store.get(place.layer)
 
-    def _for_rows(self, held, names, rows):
-        """The references of these names, a row for each of the target's rows."""
-        pictures = _span([row % self.batch for row in rows])
+    def _new(self, pictures):
+        """The pictures, with None for those whose words were seen in an earlier pass at this noise level."""
+        return [picture if picture in self.run.unseen else None for picture in pictures]
+
+    def _for_rows(self, held, names, pictures):
+        """The references of these names, a row for each of the target's rows, which draw these ``pictures``."""
+        at = _span([self.run.pictures.index(picture) for picture in pictures])
         return {
-            name: QKV(*(t.expand(len(rows), -1, -1) if len(t) == 1 else t[pictures] for t in held[name]))
+            name: QKV(*(t.expand(len(pictures), -1, -1) if len(t) == 1 else t[at] for t in held[name]))
             for name in names
             if name in held
         }
 
     def _self_attention(self, own, options, attend, inner, tasks, held):
-        read = [self._for_rows(held, task.controller.reads, task.rows) for task in tasks]
+        read = [self._for_rows(held, task.controller.reads, task.place.pictures) for task in tasks]
         for task, references in zip(tasks, read, strict=True):
             at = _span(task.rows)
             mine = QKV(*(t[at] for t in own))
@@ -1047,7 +1185,7 @@ class _EditPatch:
             out = attend(*own, options)
         for prompt, rows in roles.items():
             mine = [c for c in mapping if c.prompt == prompt]
-            watching = self.run.lookout.at(place, prompt) if self.run.fresh else []
+            watching = self.run.lookout.at(place, prompt) if self.run.unseen else []
             if not mine and not watching:
                 continue
             at, tokens = _span(rows), self.run.spec.lengths[prompt]
@@ -1056,15 +1194,15 @@ class _EditPatch:
             unread = inner is None and mine and not mine[0].reads_own_map(place)
             p = plain = None if unread else attention_map(q, k, heads)
             names = {name for c in mine for name in c.reads} | {w.watch.reference for w in watching}
-            references = self._for_rows(held, names, rows)
+            pictures = [options[PICTURES][row] for row in rows]
+            references = self._for_rows(held, names, pictures)
             references = {name: attention_map(read.q, read.k, heads) for name, read in references.items()}
             for controller in mine:
                 p = controller.cross_map(mapping[controller].place, p, references)
             for watcher in watching:
                 if watcher.watch.reference in (None, *references):
-                    pictures = [row % self.batch for row in rows]
                     source = references.get(watcher.watch.reference)
-                    self.run.lookout.add(watcher, place, source, p, pictures, self.batch)
+                    self.run.lookout.add(watcher, place, source, p, self._new(pictures), self.run.shape[0])
             if not mine:
                 continue
             edited = apply_map(p, v, heads)
@@ -1077,7 +1215,8 @@ class _EditPatch:
             self._fill(out, own, options, attend, done if inner is None else range(len(own.q)))
         whole, done = out is not None, []
         for task in mixing:
-            at, references = _span(task.rows), self._for_rows(held, task.controller.reads, task.rows)
+            at = _span(task.rows)
+            references = self._for_rows(held, task.controller.reads, task.place.pictures)
             mine, before = QKV(*(t[at] for t in own)), out[at] if whole else None
             seen = self.run.lookout.seen(task.controller, task.place)
             edited = task.controller.cross_output(

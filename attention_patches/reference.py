@@ -1,5 +1,6 @@
 """What rides on MODEL: known runs under a name, and the controllers that read them. Frozen values, torch only."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ class Reference:
 
     ``sigmas`` (S+1,) from noise to picture, ``latents`` (S+1, B, C, h, w) in the model's own scale, ``conditioning``
     the stock list under which its features are read. ``steps`` is how many steps windows count, as in a Trajectory.
+    ``tell(text)`` hears of a sampling that does not start on it, or at ``begin`` (B, C, h, w) where the method starts
+    elsewhere; None for one that may start anywhere.
     """
 
     name: str
@@ -18,6 +21,8 @@ class Reference:
     latents: torch.Tensor
     conditioning: list
     steps: int
+    tell: Callable[[str], None] | None = None
+    begin: torch.Tensor | None = None
 
     def step(self, sigma):
         """The 0-based step that a sampler at ``sigma`` is in: the last grid point at or above it."""

@@ -78,14 +78,15 @@ class Lookout:
     def add(self, watcher, place, source, target, pictures, batch):
         """Adds a layer's maps (R, H, N, T) of the source, or None, and of the target as edited.
 
-        ``pictures`` says which of the ``batch`` pictures each of the R rows draws.
+        ``pictures`` says which of the ``batch`` pictures each of the R rows draws, None for a row that does not count.
         """
         source = None if source is None else source.mean(1)
         maps = watcher.watch.words.read(source, target.mean(1)).unflatten(2, place.grid)
         layers = self._now.setdefault(watcher, {})
         total = layers.setdefault(place.number, maps.new_zeros(4, batch, *place.grid))
         for row, picture in enumerate(pictures):
-            total[:, picture] += maps[:, row]
+            if picture is not None:
+                total[:, picture] += maps[:, row]
 
     def seen(self, watcher, place=None):
         """The :class:`Seen` of a watcher; with a place, ``now`` holds only the layers that run before it."""

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 import torch
 
 
+NULL_CFG = "attune_null_cfg"  # in a conditioning's dictionary: the cfg that null-text embeddings were learned for
+
+
 @dataclass(frozen=True, eq=False)
 class LearnedWords:
     """Words of ``prompt`` whose vectors were learned anew at each step: their ``words`` and the ``positions`` of their
@@ -90,7 +93,10 @@ def negative_of(trajectory):
     """What belongs into a sampler's negative when this trajectory is drawn again, or [] where it holds none."""
     if trajectory.nulls is None:
         return trajectory.negative
-    return step_conditioning(trajectory.nulls, trajectory.windows, trajectory.negative[0][1])
+    extras = trajectory.negative[0][1]
+    if (cfg := trajectory.header.get("null_text_guidance")) is not None:
+        extras = {**extras, NULL_CFG: cfg}
+    return step_conditioning(trajectory.nulls, trajectory.windows, extras)
 
 
 def one_text(conditioning, what):

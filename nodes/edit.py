@@ -1,5 +1,6 @@
 """Edits: a MODEL that draws the target while reading the source."""
 
+import functools
 import logging
 from dataclasses import replace
 
@@ -161,7 +162,9 @@ def source_of(model, clip, trajectory, prompt, node_id):
     check_same_model(trajectory, runs.describe_model(model))
     warn_of_another_caption(trajectory, prompt, node_id)
     conditioning = text_of(clip, trajectory, prompt)
-    return Reference("source", trajectory.sigmas, trajectory.latents, conditioning, trajectory.steps)
+    return Reference(
+        "source", trajectory.sigmas, trajectory.latents, conditioning, trajectory.steps, functools.partial(warn, node_id)
+    )
 
 
 def kept_vectors(clip, trajectory, prompt):

@@ -1,5 +1,8 @@
 """Edits inside a mask, led by a sketch (MaSaFusion), with or without an intermediate picture, turn after turn."""
 
+import functools
+from dataclasses import replace
+
 import torch
 from comfy_api.latest import io
 
@@ -14,7 +17,7 @@ from ..inversion import turns as history
 from ..inversion.file import fingerprint
 from ..inversion.trajectory import Trajectory, check_same_model, check_whole, negative_of
 from . import schema
-from .edit import share, warn_of_early_layer
+from .edit import share, warn, warn_of_early_layer
 
 NOISES = [fusion.GAUSSIAN, fusion.MIXED, fusion.INVERTED]
 BOTH, POSITIVE = "both", "positive only"
@@ -73,6 +76,11 @@ def references_of(trajectory, texts):
     return [
         Reference(name, trajectory.sigmas, trajectory.latents, text, trajectory.steps) for name, text in texts.items()
     ]
+
+
+def heard(references, node_id, begin=None):
+    """The references, of which the first hears of a sampling that does not start on its trajectory or at ``begin``."""
+    return [replace(references[0], tell=functools.partial(warn, node_id), begin=begin), *references[1:]]
 
 
 def source_text(trajectory, source, node):
@@ -323,6 +331,7 @@ class AttuneMaskedFusion(io.ComfyNode):
         positive, away = in_parts(region, source, target), in_parts(region, plain, negative)
         positive = host.tell(positive, intermediate.header.get("prompt"), intermediate.header.get("seed"))
         begin = fusion.start_noise(fusion.MIXED, intermediate.noise, trajectory.noise, region)
+        references = heard(references, schema.node_id(cls), begin)
         latent = {"samples": runs.to_host_scale(model, begin)}
         return io.NodeOutput(host.install(model, references, rules), positive, away, latent, trajectory.sigmas)
 
@@ -399,7 +408,8 @@ class AttuneSourceFusion(io.ComfyNode):
         region, source = region_of(mask, trajectory, name), source_text(trajectory, source, name)
         window = Window(start, end, WINDOW)
         rules = rules_of(region, window, layer, outside=fusion.FromSource, inside=fusion.FromSource)
-        fused = host.install(model, source_references(trajectory, source, negative), rules)
+        references = heard(source_references(trajectory, source, negative), schema.node_id(cls))
+        fused = host.install(model, references, rules)
         positive, away = in_parts(region, source, target), in_parts(region, negative, negative)
         positive = host.tell(positive, schema.caption(cls, "target"), None)
         latent = {"samples": runs.host_latent(trajectory, 0)}

@@ -1,5 +1,6 @@
 """Edits by self-attention and by region: a MODEL that draws the target from what the source is made of."""
 
+import functools
 import re
 
 import torch
@@ -19,7 +20,7 @@ from ..attention_patches.words import read_list
 from ..inversion import host as runs
 from ..inversion.trajectory import check_same_model, one_text
 from . import schema
-from .edit import edit_outputs, share, source_inputs, source_of, text_of, warn_of_early_layer, warn_of_no_layer
+from .edit import edit_outputs, share, source_inputs, source_of, text_of, warn, warn_of_early_layer, warn_of_no_layer
 
 TARGET = "a blue circle on a gray background"
 EVERY, ONCE = "every step and layer", "once for all steps"
@@ -37,17 +38,18 @@ def target_text(tooltip):
     return io.String.Input("target_prompt", multiline=True, default=TARGET, tooltip=tooltip)
 
 
-def null_source(model, clip, trajectory):
+def null_source(model, clip, trajectory, node_id):
     """The trajectory as a reference that is read under the empty prompt."""
     host.check_unet(model)
     check_same_model(trajectory, runs.describe_model(model))
     text = host.encode(clip, "", trajectory.conditioning)
-    return Reference(NULL, trajectory.sigmas, trajectory.latents, text, trajectory.steps)
+    tell = functools.partial(warn, node_id)
+    return Reference(NULL, trajectory.sigmas, trajectory.latents, text, trajectory.steps, tell)
 
 
 def sources_of(model, clip, trajectory, prompt, node_id):
     """The references for a source prompt that may be empty, the one for the positive rows first."""
-    null = null_source(model, clip, trajectory)
+    null = null_source(model, clip, trajectory, node_id)
     return [source_of(model, clip, trajectory, prompt, node_id), null] if prompt.strip() else [null]
 
 
@@ -388,7 +390,7 @@ class AttuneContextPreserving(io.ComfyNode):
             seed=seed,
             refinement=refinement and refinement.for_prompt(read),
         )
-        reference = null_source(model, clip, trajectory)
+        reference = null_source(model, clip, trajectory, schema.node_id(cls))
         return io.NodeOutput(host.install(model, [reference], [controller]), text_of(clip, trajectory, target_prompt))
 
 

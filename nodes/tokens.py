@@ -386,7 +386,7 @@ class AttuneDynamicPrompt(io.ComfyNode):
         positive = host.encode_steps(clip, prompt, words.by_position(), windows, like)
         header = {
             **trajectory.header, "method": "dynamic prompt", "prompt": prompt, "words": asdict(settings),
-            "null_text": asdict(nulls),
+            "null_text": asdict(nulls), "null_text_guidance": guidance,
         }  # fmt: skip
         trajectory = replace(
             trajectory, header=header, conditioning=positive, negative=texts[1], windows=windows, learned=words,
