@@ -451,11 +451,14 @@ def _calc_cond_batch(executor, model, conds, x, timestep, model_options):
         first, second = (executor(model, half, x, timestep, patched) for half in halves)
         found = [a if mine else b for a, b, mine in zip(first, second, ours, strict=True)]
     if any(ours) and run.calls[None] and not run.calls[ROLE]:
-        raise ValueError(
-            "Another node calls the MODEL without what ComfyUI says of its rows, so the Attune edit would be lost; "
-            "take that node (a tiled sampler, say) off the MODEL that goes through the Attune node."
-        )
+        raise ValueError(FORGOTTEN)
     return found
+
+
+FORGOTTEN = (
+    "Another node calls the MODEL without what ComfyUI says of its rows, so the Attune edit would be lost; take that "
+    "node (a tiled sampler, say) off the MODEL that goes through the Attune node."
+)
 
 
 def _pictures(shape, whole, window):
@@ -1073,8 +1076,8 @@ class _CapturePatch:
 
     def __call__(self, kind, own, options, attend, inner):
         grid, layer, run = _lines_up(own, options), _layer(kind, options), self.run
-        if len(own.q) != self.pictures:
-            raise ValueError(_in_pieces((len(own.q), *run.shape[1:]), run.shape))
+        if (count := len(options.get(PICTURES, ()))) != self.pictures:
+            raise ValueError(_in_pieces((count, *run.shape[1:]), run.shape) if count else FORGOTTEN)
         if grid is not None and run.reads(run.place(layer, grid), self.name):
             self.store[layer] = own
             # Where another pack shrinks the picture inside the UNet, a later layer may be wanted after all.

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-
 NULL_CFG = "attune_null_cfg"  # in a conditioning's dictionary: the cfg that null-text embeddings were learned for
 
 

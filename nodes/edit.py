@@ -161,10 +161,8 @@ def source_of(model, clip, trajectory, prompt, node_id):
     host.check_unet(model)
     check_same_model(trajectory, runs.describe_model(model))
     warn_of_another_caption(trajectory, prompt, node_id)
-    conditioning = text_of(clip, trajectory, prompt)
-    return Reference(
-        "source", trajectory.sigmas, trajectory.latents, conditioning, trajectory.steps, functools.partial(warn, node_id)
-    )
+    conditioning, tell = text_of(clip, trajectory, prompt), functools.partial(warn, node_id)
+    return Reference("source", trajectory.sigmas, trajectory.latents, conditioning, trajectory.steps, tell)
 
 
 def kept_vectors(clip, trajectory, prompt):
