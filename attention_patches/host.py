@@ -34,6 +34,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import nodes as stock
 
+from ..messages import legible_errors
 from .controller import Controller
 from .feature_cache import FeatureCache
 from .local_blend import blend
@@ -400,7 +401,8 @@ def _outer_sample(executor, *args, **kwargs):
     options = executor.class_obj.model_options["transformer_options"]
     run = options[RUN] = _Run(options[KEY], options.get(CACHE))
     try:
-        latent = executor(*args, **kwargs)
+        with legible_errors():
+            latent = executor(*args, **kwargs)
         run.log(latent)
         return latent
     finally:
