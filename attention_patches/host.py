@@ -34,6 +34,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import nodes as stock
 
+from ..messages import legible_errors
 from .controller import Controller
 from .feature_cache import FeatureCache
 from .local_blend import blend
@@ -403,10 +404,11 @@ def source_of_words(model, prompt):
 def _outer_sample(executor, noise, latent_image, sampler, *args, **kwargs):
     options = executor.class_obj.model_options["transformer_options"]
     run = options[RUN] = _Run(options[KEY], options.get(CACHE))
-    run.noise_added = bool(noise.any())
-    run.tell_of_noise(sampler)
     try:
-        latent = executor(noise, latent_image, sampler, *args, **kwargs)
+        with legible_errors():
+            run.noise_added = bool(noise.any())
+            run.tell_of_noise(sampler)
+            latent = executor(noise, latent_image, sampler, *args, **kwargs)
         run.log(latent)
         return latent
     finally:
@@ -625,7 +627,7 @@ class _Run:
     def tell_of_noise(self, sampler):
         """Says where a sampler of the host's adds noise at its steps."""
         function = getattr(sampler, "sampler_function", None)
-        if function is not None and adds_noise(function, sampler.extra_options):
+        if function is not None and adds_noise(function, getattr(sampler, "extra_options", {})):
             for tell in self.tells:
                 tell(
                     f"The sampler {function.__name__.removeprefix('sample_')} adds noise at its steps, which takes the "

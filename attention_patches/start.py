@@ -78,8 +78,11 @@ def adds_noise(sampler, settings):
     By the habits of the k-diffusion samplers: those that can take a ``noise_sampler``, at the strength ``eta`` where
     they have one, times ``s_noise``; the others from ``s_churn`` on.
     """
-    known = inspect.signature(sampler).parameters
-    values = {name: one.default for name, one in known.items()} | settings
+    try:
+        known = inspect.signature(sampler).parameters
+    except (TypeError, ValueError):
+        return False  # one that is not written in Python says nothing of itself
+    values = {name: one.default for name, one in known.items() if one.default is not one.empty} | settings
     if values.get("s_noise", 1.0) == 0:
         return False
     if "eta" in values:

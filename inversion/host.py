@@ -24,6 +24,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save_file
 
+from ..messages import legible
 from . import gradient
 from .ddim import draw, papers_sigmas
 
@@ -434,7 +435,7 @@ def unfinished_path(key):
 def say(node_id, text):
     """Shows ``text`` on a node while it works; nothing where there is no server or no node."""
     if node_id is not None and "server" in sys.modules:
-        sys.modules["server"].PromptServer.instance.send_progress_text(text, node_id)
+        sys.modules["server"].PromptServer.instance.send_progress_text(legible(text), node_id)
 
 
 def versions():

@@ -19,6 +19,7 @@ from ..attention_patches.watch import WatchedWords
 from ..attention_patches.words import read_factors, read_list, read_stretches
 from ..inversion import host as runs
 from ..inversion.trajectory import check_same_model, negative_of, one_text
+from ..messages import legible
 from . import schema
 
 log = logging.getLogger("attune")
@@ -122,7 +123,7 @@ def edit_outputs():
 
 def warn(node_id, text):
     """Tells the user of what can be meant but rarely is."""
-    log.warning(text)
+    log.warning(legible(text))
     runs.say(node_id, text)
 
 

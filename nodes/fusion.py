@@ -240,8 +240,6 @@ class AttuneIntermediate(io.ComfyNode):
         start_percent, end_percent, halves, start_noise, start, end, layer, source=None,
     ):  # fmt: skip
         name = "Attune Intermediate"
-        schema.check_choice(halves, [BOTH, POSITIVE], "halves", name)
-        schema.check_choice(start_noise, NOISES, "start_noise", name)
         Window(start_percent, end_percent, "start_percent to end_percent")
         host.check_plain(model)
         host.check_layers(model, [layer], "layer", name)

@@ -122,8 +122,6 @@ class AttuneDDIMInversion(io.ComfyNode):
     def execute(
         cls, model, latent, conditioning, steps, grid, epsilon, refine=0, guidance=1.0, negative=None, levels=None
     ):  # fmt: skip
-        schema.check_choice(grid, GRIDS, "The grid", "Attune DDIM Inversion")
-        schema.check_choice(epsilon, LEVELS, "Epsilon", "Attune DDIM Inversion")
         check_plain(model)
         picture = latent["samples"]
         host.check_latent(model, picture)

@@ -56,9 +56,8 @@ class AttuneMaskStrategy(io.ComfyNode):
 
     @classmethod
     def execute(cls, mask, goal, grow):
-        schema.check_choice(goal, GOALS, "The goal", "Attune Mask Strategy")
         runs.say(schema.node_id(cls), GOALS[goal][1])
-        return io.NodeOutput(*strategy(mask.float(), goal, grow))
+        return io.NodeOutput(*strategy(mask, goal, grow))
 
 
 class AttuneMaskRefinement(io.ComfyNode):
@@ -135,7 +134,6 @@ class AttuneMaskRefinement(io.ComfyNode):
 
     @classmethod
     def execute(cls, words, after, standardisation, threshold, grow, tokens):
-        schema.check_choice(standardisation, STANDARDISATIONS, "The standardisation", "Attune Mask Refinement")
         found = tuple(read_list(words))
         if not found:
             raise ValueError(

@@ -40,9 +40,3 @@ def caption(cls, name):
         inputs = prompt.get(text[0], {}).get("inputs", {})
         text = next((inputs[k] for k in ("text", "string", "value") if k in inputs), None)
     return text if isinstance(text, str) else None
-
-
-def check_choice(value, choices, what, node):
-    """Raises ValueError for a value that is not on the list; the host does not check the lists of V3 nodes."""
-    if value not in choices:
-        raise ValueError(f'{what} is "{value}", but {node} takes one of: {", ".join(choices)}.')

@@ -368,8 +368,6 @@ class AttuneContextPreserving(io.ComfyNode):
         cls, model, clip, trajectory, target_prompt, source_mask, keep_object, plain_share, seed, plain_draw,
         object_start, object_layer, source_keys, target_mask=None, refinement=None,
     ):  # fmt: skip
-        schema.check_choice(plain_draw, [EVERY, ONCE], "plain_draw", "Attune Context Preserving")
-        schema.check_choice(source_keys, [BY_SOURCE, BY_TARGET], "source_keys", "Attune Context Preserving")
         host.check_layers(model, [object_layer], "object_layer", "Attune Context Preserving")
         if keep_object:
             warn_of_early_layer(model, object_layer, "object_layer", schema.node_id(cls))

@@ -345,7 +345,6 @@ class AttuneDynamicPrompt(io.ComfyNode):
         background_length, inner_steps, learning_rate, optimizer, tokens, null_steps, null_learning_rate,
         null_early_stop, null_warm_start, background=None, noun_masks=None,
     ):  # fmt: skip
-        schema.check_choice(optimizer, dynamic_prompt.OPTIMIZERS, "The optimizer", "Attune Dynamic Prompt")
         host.check_plain(model)
         check_same_model(trajectory, runs.describe_model(model))
         settings = DynamicPrompt(

@@ -190,8 +190,6 @@ class AttuneAttentionMaps(io.ComfyNode):
         cls, model, clip, trajectory=None, prompt="", words="", tokens=256, every=5, latent=None, layers=maps.NEAREST,
         layer=-1, steps=STEPS_AVERAGE, mask_word="", threshold=0.3, grow=0, feather=0,
     ):  # fmt: skip
-        schema.check_choice(layers, maps.CHOICES, "The layers value", "Attune Attention Maps")
-        schema.check_choice(steps, STEPS, "The steps value", "Attune Attention Maps")
         host.check_plain(model)
         if (trajectory is None) == (latent is None):
             raise ValueError(
@@ -329,7 +327,6 @@ class AttuneSelfAttentionView(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, trajectory, tokens, every, method, count, clusters, seed, clip=None, prompt=""):
-        schema.check_choice(method, self_maps.KINDS, "The method", "Attune Self-Attention View")
         host.check_plain(model)
         check_same_model(trajectory, runs.describe_model(model))
         if prompt.strip() and clip is None:
@@ -424,7 +421,6 @@ class AttuneCompare(io.ComfyNode):
 
     @classmethod
     def execute(cls, image_1, image_2, captions, difference, gain, height, image_3=None, image_4=None):
-        schema.check_choice(difference, sheet.DIFFERENCES, "The difference value", "Attune Compare")
         given = {f"image_{i}": b for i, b in enumerate((image_1, image_2, image_3, image_4), 1) if b is not None}
         rows = max(len(batch) for batch in given.values())
         for name, batch in given.items():

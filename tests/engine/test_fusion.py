@@ -620,8 +620,8 @@ def test_settings_that_cannot_be(small):
         ({"start_percent": 0.8, "end_percent": 0.2}, "start_percent to end_percent is 0.8 to 0.2"),
         ({"start": 0.8, "end": 0.2}, "start to end is 0.8 to 0.2"),
         ({"layer": 16}, "16 layers"),
-        ({"halves": "none"}, 'halves is "none"'),
-        ({"start_noise": "white"}, 'start_noise is "white"'),
+        ({"halves": "none"}, 'The input halves of Attune Intermediate is "none"'),
+        ({"start_noise": "white"}, 'The input start_noise of Attune Intermediate is "white"'),
     ):
         with refused(match):
             small.intermediate(**changes)

@@ -117,7 +117,7 @@ CASES = {
     "layers from the wrong end": (LAYOUT, change(FPE, layers="9-4"), FPE, 'The layers are "9-4", but Attune Free'),
     "a reversed window": (LAYOUT, change(FPE, start=0.8, end=0.2), FPE, "start to end is 0.8 to 0.2, but it needs"),
     "a reversed window of reading": (MASKED, change(MUTUAL, start=1.0, end=0.5), MUTUAL, "start to end is 1 to 0.5"),
-    "an unknown goal": (REPLACE, change(STRATEGY, goal="move"), STRATEGY, 'The goal is "move", but Attune Mask'),
+    "an unknown goal": (REPLACE, change(STRATEGY, goal="move"), STRATEGY, 'goal of Attune Mask Strategy is "move"'),
 }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ CASES = {
     "reversed window": (reversed_window, SWAP, "cross_start to cross_end is 0.9 to 0.1, but it needs"),
     "other size": (other_size, SAMPLER, "connect the LATENT of the node that made the TRAJECTORY"),
     "unknown positive": (unknown_positive, SAMPLER, "connect the positive output of the Attune edit node"),
-    "unknown grid": (unknown_grid, INVERSION, 'The grid is "theirs"'),
+    "unknown grid": (unknown_grid, INVERSION, 'The input grid of Attune DDIM Inversion is "theirs"'),
 }
 
 

@@ -120,7 +120,7 @@ CASES = {
     "a mask of another picture": (wide, "measure 128x64, but the TRAJECTORY's picture 128x128; connect masks of that"),
     "one noun and no background": (alone, "With 1 noun and these weights nothing is left to learn by"),
     "no weights": (nothing_counts, "With 2 nouns and these weights nothing is left to learn by"),
-    "an unknown optimizer": (change(optimizer="RMSprop"), 'The optimizer is "RMSprop", but Attune Dynamic Prompt'),
+    "an unknown optimizer": (change(optimizer="RMSprop"), 'The input optimizer of Attune Dynamic Prompt is "RMSprop"'),
     "another model": (another_model, "The TRAJECTORY was made with model family SD15 (UNetModel), but the MODEL is"),
 }  # fmt: skip
 

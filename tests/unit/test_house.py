@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACK = [
     "__init__.py",
+    "messages.py",
     *(
         str(p.relative_to(ROOT))
         for d in ("nodes", "attention_patches", "inversion", "demo", "benchmark")
@@ -23,10 +24,11 @@ HOST_FILES = {
     *(p for p in PACK if p.startswith("benchmark")),  # it stands outside the pack and runs it through the host
 }
 HOST_MODULES = {"comfy", "comfy_extras", "nodes", "folder_paths", "latent_preview", "server", "execution"}
+# messages.py is everyone's, since errors, logs and node texts leave the pack from each of these rooms.
 ALLOWED = {
-    "nodes": {"nodes", "attention_patches", "inversion", "demo"},
-    "attention_patches": {"attention_patches"},
-    "inversion": {"inversion"},
+    "nodes": {"nodes", "attention_patches", "inversion", "demo", "messages"},
+    "attention_patches": {"attention_patches", "messages"},
+    "inversion": {"inversion", "messages"},
     "demo": {"demo"},
     "benchmark": {"benchmark", "demo", "inversion", "attention_patches", "nodes", "tests"},
 }

@@ -71,7 +71,7 @@ def test_what_is_shown_and_loaded_is_in_the_archive(archive):
 
 def test_nothing_of_the_workshop_is_in_the_archive(archive):
     known = {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "__init__.py", "attention_patches", "demo"}
-    known |= {"inversion", "locales", "nodes", "subgraphs", "web", "workflows"}
+    known |= {"inversion", "locales", "messages.py", "nodes", "subgraphs", "web", "workflows"}
     assert {path.split("/")[0] for path in archive} <= known
     assert sum((ROOT / path).stat().st_size for path in archive) < LARGEST
 
