@@ -62,7 +62,8 @@ class Tokens:
         """
         found = self._occurrences(word)
         if not found:
-            raise ValueError(f'The word "{word}" is not in the prompt "{self.prompt}", {self._why(word)}; change {where}.')
+            why = self._why(word)
+            raise ValueError(f'The word "{word}" is not in the prompt "{self.prompt}", {why}; change {where}.')
         return found
 
     def _written(self, word):
