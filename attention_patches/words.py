@@ -153,6 +153,9 @@ def group_words(prompt, chunks):
 MARK = re.compile(r"\\[()]|[(),;\n\uff0c\u3001\uff1b]")
 
 
+BRACES = str.maketrans("\uff5b\uff5d", "{}")
+
+
 def read_list(text):
     """The words of a line of text: what stands between commas, semicolons or line ends outside brackets."""
     ends, opened = [], []
@@ -219,7 +222,7 @@ def read_braces(text, where="the Attune node"):
     says where to change that.
     """
     plain, marked, start = "", [], None
-    for letter in text:
+    for letter in text.translate(BRACES):
         if letter == "{" and start is None:
             start = len(plain)
         elif letter == "}" and start is not None and plain[start:].strip():
@@ -232,7 +235,7 @@ def read_braces(text, where="the Attune node"):
     else:
         if start is None and marked:
             return plain, marked
-    if not set(text) & set("{}"):
+    if not set(text.translate(BRACES)) & set("{}"):
         raise ValueError(
             f'The prompt "{text}" marks no noun, but at least one is learned; put each in braces, such as "a {{cat}} '
             f'and a {{dog}}", in {where}.'
