@@ -19,7 +19,8 @@ def check_same_count(source, target):
     ]
     raise ValueError(
         f"The source prompt has {len(ours)} words and the target prompt {len(theirs)} ({', '.join(changes)}), but a "
-        "word swap needs one word for each word; write as many words in both prompts of Attune Prompt Swap."
+        "word swap needs one word for each word; write as many words in both prompts of Attune Prompt Swap, or take "
+        "Attune Prompt Refine, which is made for words that are added or taken away."
     )
 
 
@@ -98,6 +99,27 @@ def align(source, target):
         for position in set(our_padding) & set(their_padding):
             found[position] = position
     return found
+
+
+def shifted_words(source, target):
+    """The words of the target that a swap lets read another word's map though the source has them, too, before or
+    behind their place: (the target's word, the source's word that stands there), in order.
+
+    There are none where as many words stand at their places as could stay in order at all, such as where two words
+    change places. ``source`` and ``target`` have equally many words.
+    """
+    found = align(source, target).tolist()
+    numbers = {word.positions: number for number, word in enumerate(source.words)}
+    pairs = list(zip(source.words, target.words, strict=True))
+    stays = [numbers.get(tuple(found[p] for p in word.positions)) for word in target.words]
+    at_their_place = sum(ours.keys == theirs.keys for ours, theirs in pairs)
+    if sum(number is not None for number in stays) <= at_their_place:
+        return []
+    return [
+        (theirs, ours)
+        for place, (ours, theirs) in enumerate(pairs)
+        if stays[place] not in (None, place) and ours.keys != theirs.keys
+    ]
 
 
 def refine_map(source, target):

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import itertools
 import re
 from collections import Counter
 from collections.abc import Hashable
@@ -30,6 +31,7 @@ from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from comfy.patcher_extension import WrappersMP
+from comfy.sd1_clip import SD1Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import nodes as stock
@@ -44,7 +46,7 @@ from .refinement import Found
 from .start import adds_noise, off_trajectory
 from .values import QKV, Place, apply_map, attention_map
 from .watch import Lookout
-from .words import CHUNK, group_words, read_braces, stands_alone
+from .words import CHUNK, group_words, read_braces
 
 KEY = "attune"  # of the spec in transformer_options and of our wrappers
 RUN = "attune_run"  # in transformer_options while sampling: what this run has gathered
@@ -67,7 +69,22 @@ NONE, NEGATIVE = 0, -1  # a part's negative rows have the part's role below zero
 
 def read_words(clip, prompt):
     """The prompt's :class:`words.Tokens`, by the CLIP's own tokenizer (weights, escapes and embeddings included)."""
-    chunks = next(iter(clip.tokenize(prompt, return_word_ids=True).values()))
+    return _read_words(clip.tokenize, clip.tokenizer.untokenize, prompt)
+
+
+def same_word(word, among):
+    """The one of the words ``among`` that Stable Diffusion's tokenizer reads as ``word`` where no CLIP is at hand; else
+    ``word``."""
+    tokenizer = SD1Tokenizer()
+    wanted, *read = (
+        [one.text for one in _read_words(tokenizer.tokenize_with_weights, tokenizer.untokenize, _encodable(text)).words]
+        for text in (word, *among)
+    )
+    return among[read.index(wanted)] if wanted in read else word
+
+
+def _read_words(tokenize, untokenize, prompt):
+    chunks = next(iter(tokenize(prompt, return_word_ids=True).values()))
     tokens = [[(token, group) for token, _, group in chunk[1:]] for chunk in chunks]
     tokens = [
         chunk[: next((i for i, (t, _) in enumerate(chunk) if not torch.is_tensor(t) and t == END), len(chunk))]
@@ -75,7 +92,8 @@ def read_words(clip, prompt):
     ]
     vectors = Counter(group for chunk in tokens for token, group in chunk if torch.is_tensor(token))
     names = re.findall(r"embedding:[^\s,:()]+", prompt)
-    # The tokenizer drops, with a warning, embeddings that it does not find; which ones it does not say.
+    if len(names) != len(vectors):  # the tokenizer drops embeddings that it does not find; which ones it does not say
+        names = [name for name in names if _holds_vectors(tokenize(name))]
     names = names if len(names) == len(vectors) else ["<embedding>"] * len(vectors)
     names, left = dict(zip(vectors, names, strict=True)), Counter(vectors)
     pieces = [[] for _ in tokens]
@@ -85,9 +103,23 @@ def read_words(clip, prompt):
                 left[group] -= 1
                 read.append(names.pop(group, "") + ("" if left[group] else "</w>"))
             else:
-                read.append(clip.tokenizer.untokenize([(token, 1.0)])[0][1])
+                read.append(untokenize([(token, 1.0)])[0][1])
     read = group_words(prompt, pieces)
-    return replace(read, words=tuple(replace(word, text=_letters(word.text)) for word in read.words))
+    return replace(
+        read,
+        words=tuple(replace(word, text=_letters(word.text)) for word in read.words),
+        cut=lambda text: [word.text for word in _read_words(tokenize, untokenize, _encodable(text)).words],
+    )
+
+
+def _holds_vectors(tokens):
+    """Whether an embedding is among what a tokenizer gives."""
+    return any(torch.is_tensor(token) for chunk in next(iter(tokens.values())) for token, *_ in chunk)
+
+
+def _encodable(text):
+    """A text with half an emoji, which a tokenizer refuses, as the letters of its code."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _letters(text):
@@ -96,23 +128,29 @@ def _letters(text):
     return bytes(table[c] for c in text).decode("utf-8", "replace") if set(text) <= set(table) else text
 
 
-def read_nouns(clip, text):
+def read_nouns(clip, text, where="the Attune node"):
     """A prompt whose nouns stand in braces: the prompt without them, and (noun, its token positions) in order.
 
-    Raises ValueError for braces that do not close, for none, and for what is no word of the prompt.
+    Raises ValueError for braces that do not close, for none, and for what is no word of the prompt; ``where`` says
+    where to change that.
     """
-    prompt, marked = read_braces(text)
+    prompt, marked = read_braces(text, where)
     read, nouns = read_words(clip, prompt), []
     for noun, start in marked:
-        found = read.find(noun)
-        if not stands_alone(prompt, noun, start):
+        read.find(noun, f"the braces in {where}")
+        wanted, start = read.cut(noun), prompt.index(noun, start)
+        # With another word in the noun's place, and apart from what is around it, what stands before it stays.
+        other = "x" if wanted[:1] != ["x"] else "y"
+        without = read_words(clip, f"{prompt[:start]} {other} {prompt[start + len(noun) :]}").words
+        before = (a.text == b.text for a, b in zip(read.words, without, strict=False))
+        first = sum(itertools.takewhile(bool, before))
+        own = read.words[first : first + len(wanted)]
+        if not own or [word.text for word in own] != wanted:
             raise ValueError(
                 f'The braces around "{noun}" cut a word of the prompt "{prompt}", but only whole words are learned; '
-                "put them around the word on the Attune node."
+                f"put them around the word in {where}."
             )
-        # Of two nouns that are the same word, the one that stands there is meant.
-        before = read_words(clip, prompt[:start]).count(noun)
-        nouns.append((noun, found[before]))
+        nouns.append((noun, tuple(p for word in own for p in word.positions)))
     return prompt, nouns
 
 

@@ -42,7 +42,8 @@ class Refinement:
 
     def for_prompt(self, tokens):
         """The same for a target prompt's :class:`words.Tokens`. Raises ValueError where a word is not in it."""
-        return replace(self, positions=tokens.positions(list(self.words)))
+        change = "words on Attune Mask Refinement or the target prompt on Attune Context Preserving"
+        return replace(self, positions=tokens.positions(list(self.words), change))
 
     @property
     def watch(self):

@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..attention_patches.alignment import shifted_words
 from ..demo import scenes
 from . import demo_edits
+from .prompts import grouped
 
 PIE_KINDS = (
     "random", "change object", "add object", "delete object", "change content",
@@ -156,12 +158,16 @@ def _json(path, kind, what):
 
 
 def changed_words(source, target):
-    """The pairs of words in which two captions of equally many words differ, articles apart; else none.
+    """The pairs of words in which two captions of equally many words differ, articles apart; else none, and none where
+    a word was added and another taken away, which shifts those between them.
 
     Wild-TI2I and ImageNet-R-TI2I are read so for Prompt-to-Prompt.
     """
     pairs = list(zip(source.split(), target.split(), strict=False))
     if len(source.split()) != len(target.split()):
+        return ()
+    ours, theirs = (grouped(text, [word + "</w>" for word in text.split()]) for text in (source, target))
+    if shifted_words(ours, theirs):
         return ()
     return tuple((a, b) for a, b in pairs if a != b and {a, b} != {"a", "an"})
 

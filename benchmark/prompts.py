@@ -13,10 +13,11 @@ A method is a workflow with values of its own, one JSON file each:
 A value may be {"by kind": {kind: value}, "otherwise": value}, or stand for something of the sample, which not every
 sample has; a method is not for those that have it not:
 
-    $source $target             the captions
+    $source $target             the captions, with brackets escaped: ComfyUI would read them as weights
     $words $outside             the words whose places may change, and those of what stays, separated by commas
     $braced                     the source's caption with its things in braces
-    $exchange                   AttunePromptSwap where the captions have as many words, else AttunePromptRefine
+    $exchange                   AttunePromptSwap where words that both captions hold stand at equal places, by CLIP's
+                                words, else AttunePromptRefine
     $picture $truth             the picture, and the true result
     $mask $kept                 where the picture changes, and where it stays; $mask+6 is grown by 6/128 of the side
     $sketch                     the outlines of the true result, which only the demo world knows
@@ -38,7 +39,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
+from ..attention_patches.alignment import shifted_words
+from ..attention_patches.words import CHUNK, group_words
 from ..demo import scenes
+from ..tests import host
 from .demo_edits import scene_of
 
 DEMO, ADAPTER = "AttuneDemoCheckpoint", "attune_demo_sketch_adapter.safetensors"
@@ -113,7 +117,8 @@ def square(path: Path, size: int, folder: Path) -> Path:
     with Image.open(path) as picture:
         if picture.size == (size, size) and folder in path.parents:
             return path
-        picture = ImageOps.exif_transpose(picture).convert("L" if picture.mode in ("1", "L") else "RGB")
+        picture = _eight_bits(ImageOps.exif_transpose(picture))
+        picture = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
         made = folder / f"{path.stem} {digest(path)}.png"
         if not made.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +126,13 @@ def square(path: Path, size: int, folder: Path) -> Path:
             ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS).save(part, "png")
             part.rename(made)
     return made
+
+
+def _eight_bits(picture):
+    """A grey picture of 16 bits as one of 8: Pillow itself would make all but its darkest 256 values white."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
 
 
 def prepare(sample, size: int, folder: Path):
@@ -229,15 +241,45 @@ def _braced(sample, setup, _):
         things = [word for word, _ in sample.words if word]
     braced = sample.source
     for thing in dict.fromkeys(things):
-        braced = re.sub(rf"\b{re.escape(thing)}\b", "{" + thing + "}", braced, count=1)
-    return braced if braced != sample.source else None
+        braced = re.sub(rf"(?<!\w){re.escape(thing)}(?!\w)", lambda found: "{" + found[0] + "}", braced, count=1)
+    # Braces of its own would be taken for those, and nothing escapes them.
+    return _literal(braced) if braced != sample.source and not set("{}") & set(sample.source) else None
+
+
+def _literal(text):
+    """A text of a data set for ComfyUI, in whose prompts bare brackets mark weights."""
+    return re.sub(r"[()]", r"\\\g<0>", text)
+
+
+@functools.cache
+def _tokenizer():
+    """CLIP's, as ComfyUI has it, without the seconds and the memory that ComfyUI's own modules take."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(host.Host.current().path / "comfy" / "sd1_tokenizer")
+
+
+def words_of(caption: str):
+    """A caption's :class:`words.Tokens`; brackets are read as they stand."""
+    return grouped(caption, _tokenizer().tokenize(caption))
+
+
+def grouped(caption: str, pieces: list[str]):
+    """A caption's :class:`words.Tokens` of pieces of which each that ends a word ends in "</w>"."""
+    room = CHUNK - 2
+    return group_words(caption, [pieces[i : i + room] for i in range(0, len(pieces), room)])
+
+
+def is_swap(source: str, target: str) -> bool:
+    """Whether the words of a caption are exchanged for others one by one, with none added or taken away."""
+    ours, theirs = words_of(source), words_of(target)
+    return len(ours.words) == len(theirs.words) and not shifted_words(ours, theirs)
 
 
 def _exchange(sample, setup, _):
     if not sample.source or sample.source == sample.target:
         return None
-    as_many = len(sample.source.split()) == len(sample.target.split())
-    return "AttunePromptSwap" if as_many else "AttunePromptRefine"
+    return "AttunePromptSwap" if is_swap(sample.source, sample.target) else "AttunePromptRefine"
 
 
 def seed_of(sample, seed: int) -> int:
@@ -246,10 +288,10 @@ def seed_of(sample, seed: int) -> int:
 
 
 _VALUES = {
-    "source": lambda sample, setup, _: sample.source,
-    "target": lambda sample, setup, _: sample.target,
-    "words": lambda sample, setup, _: ", ".join(_words(sample)),
-    "outside": lambda sample, setup, _: ", ".join(sample.extras.get("kept words", ())),
+    "source": lambda sample, setup, _: _literal(sample.source),
+    "target": lambda sample, setup, _: _literal(sample.target),
+    "words": lambda sample, setup, _: _literal(", ".join(_words(sample))),
+    "outside": lambda sample, setup, _: _literal(", ".join(sample.extras.get("kept words", ()))),
     "braced": _braced,
     "exchange": _exchange,
     "picture": lambda sample, setup, _: _file(sample.picture),

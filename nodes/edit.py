@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..attention_patches import host
-from ..attention_patches.alignment import align, refine_map, swap_map
+from ..attention_patches.alignment import align, refine_map, shifted_words, swap_map
 from ..attention_patches.embedding_control import control
 from ..attention_patches.local_blend import LocalBlend, changed
 from ..attention_patches.prompt_to_prompt import PromptToPrompt
@@ -157,6 +157,18 @@ def warn_of_early_layer(model, layer, name, node_id):
         )
 
 
+def warn_of_shifted_words(source, target, node_id):
+    """Tells the user where words of both prompts stand at other places, so that a swap mixes them up."""
+    if shifted := shifted_words(source, target):
+        told = ", ".join(f'"{theirs.text}" where "{ours.text}" was' for theirs, ours in shifted[:5])
+        warn(
+            node_id,
+            f"Words of the source prompt stand at other places in the target prompt, so the swap puts {told}"
+            f"{', ...' if len(shifted) > 5 else ''}; write each word at the place of the one that it replaces, or take "
+            "Attune Prompt Refine, in which words that stay keep their place in the image.",
+        )
+
+
 def source_of(model, clip, trajectory, prompt, node_id):
     """The trajectory as the reference that edits read, under its prompt."""
     host.check_unet(model)
@@ -192,18 +204,20 @@ def text_of(clip, trajectory, prompt):
 
 def edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_limit, word_windows, preserve):
     """A MODEL with the words of ``prompts`` (source, target) exchanged by ``mapping``'s map, and the positive."""
-    node_id = schema.node_id(cls)
+    node_id, node = schema.node_id(cls), schema.title(cls)
     reference = source_of(model, clip, trajectory, prompts[0], node_id)
     source, target = (host.read_words(clip, prompt) for prompt in prompts)
     mapper = mapping(source, target)
     injected = mapper.any(0)
-    own = tuple((target.positions([word]), Window(*w, f'"{word}"')) for word, w in read_stretches(word_windows))
+    stretches = read_stretches(word_windows, f"word_windows on {node}")
+    change = f"word_windows or the target prompt on {node}"
+    own = tuple((target.positions([word], change), Window(*w, f'"{word}"')) for word, w in stretches)
     if kept := read_list(preserve):
-        positions = list(target.positions(kept))
+        positions = list(target.positions(kept, f"preserve or the target prompt on {node}"))
         if not injected[positions].all():
             raise ValueError(
                 f'Of the words to preserve, "{", ".join(kept)}", not all are in the source prompt "{prompts[0]}"; '
-                "preserve words that both prompts of the Attune node hold."
+                f"name only words that both prompts hold in preserve on {node}."
             )
         only = torch.zeros_like(injected)
         only[positions] = True
@@ -260,7 +274,13 @@ class AttunePromptSwap(io.ComfyNode):
     ):  # fmt: skip
         windows = cross_start, cross_end, self_start, self_end
         prompts = source_prompt, target_prompt
-        return edit_words(cls, model, clip, trajectory, prompts, swap_map, windows, token_limit, word_windows, preserve)
+
+        def mapping(source, target):
+            mapper = swap_map(source, target)
+            warn_of_shifted_words(source, target, schema.node_id(cls))
+            return mapper
+
+        return edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_limit, word_windows, preserve)
 
 
 class AttunePromptRefine(io.ComfyNode):
@@ -353,8 +373,9 @@ class AttunePromptReweight(io.ComfyNode):
         cross = Window(cross_start, cross_end, CROSS)
         read = host.read_words(clip, prompt)
         factors = torch.ones(read.length)
-        for word, factor in read_factors(weights):
-            factors[list(read.positions([word]))] = factor
+        node = schema.title(cls)
+        for word, factor in read_factors(weights, f"weights on {node}"):
+            factors[list(read.positions([word], f"weights or the prompt on {node}"))] = factor
         controllers = [Reweight(prompt=prompt, tokens=read.length, factors=factors, cross=cross)]
         if carried := host.source_of_words(model, prompt):
             check_same_model(trajectory, runs.describe_model(model))
@@ -462,7 +483,10 @@ class AttuneLocalBlend(io.ComfyNode):
     ):
         reference = source_of(model, clip, trajectory, source_prompt, schema.node_id(cls))
         source, target = host.read_words(clip, source_prompt), host.read_words(clip, target_prompt)
-        words = [_where(read_list(text), source, target) for text in (inside, outside)]
+        words = [
+            _where(read_list(text), source, target, f"{name} or the prompts on Attune Local Blend")
+            for name, text in (("inside", inside), ("outside", outside))
+        ]
         named = any(at for pair in words for at in pair)
         if not named and mask is None:
             raise ValueError(
@@ -481,11 +505,12 @@ class AttuneLocalBlend(io.ComfyNode):
         return io.NodeOutput(host.install(model, [reference], blends=[one]), text_of(clip, trajectory, target_prompt))
 
 
-def _where(words, source, target):
-    """The positions of words in the source and in the target prompt; each has to be in one of them."""
+def _where(words, source, target, change):
+    """The positions of words in the source and in the target prompt; each has to be in one of them, or ``change`` says
+    what to change."""
     for word in words:
         if not source.holds(word):
-            target.positions([word])  # says what is missing
+            target.positions([word], change)  # says what is missing
     return tuple(tokens.positions([w for w in words if tokens.holds(w)]) for tokens in (source, target))
 
 

@@ -27,16 +27,35 @@ def node_id(cls):
     return getattr(cls.hidden, "unique_id", None)
 
 
+def title(cls):
+    """The node's name as users read it."""
+    return cls.define_schema().display_name
+
+
+# Nodes that hand on the text of these inputs as it is; where there are several, of all of them if they say the same.
+TEXTS = {
+    "CLIPTextEncode": ("text",),
+    "CLIPTextEncodeSDXL": ("text_g", "text_l"),
+    "CLIPTextEncodeSDXLRefiner": ("text",),
+    "PrimitiveString": ("value",),
+    "PrimitiveStringMultiline": ("value",),
+}
+
+
 def caption(cls, name):
-    """The text behind a node's conditioning input, where the graph says it plainly; None elsewhere.
+    """The text behind a node's conditioning input, where the graph says it plainly; None elsewhere, such as behind a
+    node that works on the text, since a wrong caption is worse than none.
 
     It is only ever written into a trajectory's header, for people to read.
     """
     prompt = getattr(cls.hidden, "prompt", None) or {}
-    text = prompt.get(node_id(cls), {}).get("inputs", {}).get(name)
-    for _ in range(3):  # a text encoder, and what feeds its text
-        if not isinstance(text, list):
-            break
-        inputs = prompt.get(text[0], {}).get("inputs", {})
-        text = next((inputs[k] for k in ("text", "string", "value") if k in inputs), None)
-    return text if isinstance(text, str) else None
+    value = prompt.get(node_id(cls), {}).get("inputs", {}).get(name)
+    return _text(prompt, value) if isinstance(value, list) else None
+
+
+def _text(prompt, value):
+    if not isinstance(value, list):
+        return value if isinstance(value, str) else None
+    node = prompt.get(value[0], {})
+    said = {_text(prompt, node["inputs"].get(name)) for name in TEXTS.get(node.get("class_type"), ())}
+    return said.pop() if len(said) == 1 else None

@@ -242,7 +242,11 @@ class AttuneMutualSelfAttention(io.ComfyNode):
         # Words find what no mask says; a source mask alone is where the object stays.
         target_mask = Mask(target_mask) if target_mask is not None else None if goes else source_mask
         lies, goes = (() if source_mask else lies), (() if target_mask else goes)
-        words = WatchedWords(source.positions(lies), target.positions(goes))
+        node = "on Attune Mutual Self-Attention"
+        words = WatchedWords(
+            source.positions(lies, f"source_words or the source prompt {node}"),
+            target.positions(goes, f"target_words or the target prompt {node}"),
+        )
         name = references[0].name
         controller = MutualSelfAttention(
             prompt=target_prompt,

@@ -109,7 +109,7 @@ class AttuneBackgroundMask(io.ComfyNode):
     ):
         host.check_plain(model)
         check_same_model(trajectory, runs.describe_model(model))
-        prompt, nouns = host.read_nouns(clip, source_prompt)
+        prompt, nouns = host.read_nouns(clip, source_prompt, "source_prompt of Attune Background Mask")
         names, positions = zip(*nouns, strict=True)
         parts, words = self_maps.SelfSum(trajectory.latents.shape[1]), maps.MapSum(positions)
 
@@ -353,7 +353,7 @@ class AttuneDynamicPrompt(io.ComfyNode):
             (balance_length, disjoint_length, background_length), inner_steps, learning_rate, optimizer,
         )  # fmt: skip
         nulls = NullText(guidance, null_steps, null_learning_rate, null_early_stop, null_warm_start)
-        prompt, nouns = host.read_nouns(clip, source_prompt)
+        prompt, nouns = host.read_nouns(clip, source_prompt, "source_prompt of Attune Dynamic Prompt")
         names, positions = zip(*nouns, strict=True)
         pictures, *_, height, width = trajectory.latents.shape[1:]
         level = host.LevelMaps(model, tokens, (height, width))
@@ -475,6 +475,7 @@ class AttuneSaveLearnedWord(io.ComfyNode):
                 f'The filename_prefix "{filename_prefix}" holds a space, a bracket, a comma or a colon, at which a '
                 "prompt would end the word's name; leave them out in Attune Save Learned Word."
             )
+        word = host.same_word(word, trajectory.learned.words)
         vectors = trajectory.learned.word(word, None if step < 0 else step, picture)
         text = runs.save_embedding(filename_prefix, vectors)
         return io.NodeOutput(text, ui={"text": (f"saved; write {text} in a prompt",)})

@@ -201,12 +201,14 @@ class AttuneAttentionMaps(io.ComfyNode):
         check_same_model(trajectory, runs.describe_model(model))
         read = host.read_words(clip, prompt)
         chosen = read_list(words)
-        shown = [(w, p) for w in chosen for p in read.find(w)] or [(w.text, w.positions) for w in read.words]
+        change = "words or the prompt on Attune Attention Maps"
+        shown = [(w, p) for w in chosen for p in read.find(w, change)] or [(w.text, w.positions) for w in read.words]
         if not shown:
             raise ValueError("The prompt is empty, but a map belongs to a word; write one in Attune Attention Maps.")
         masked = shown[0]
         if mask_word.strip():
-            masked = mask_word.strip(), read.positions([mask_word])
+            change = "mask_word or the prompt on Attune Attention Maps"
+            masked = mask_word.strip(), read.positions([mask_word], change)
             shown += [masked] * (masked[1] not in [p for _, p in shown])
         names, positions = zip(*shown, strict=True)
         choice = layer if layer >= 0 else layers, tokens, steps == STEPS_EACH, len(trajectory.sigmas) - 1

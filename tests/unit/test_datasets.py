@@ -443,3 +443,14 @@ def test_a_folder_that_is_none_is_refused_in_one_sentence(tmp_path, name):
             (tmp_path / "empty" / files[name]).write_text(text)
             with pytest.raises(ValueError, match=said):
                 datasets.read(f"{name}:{tmp_path / 'empty'}", tmp_path / "made")
+
+
+@pytest.mark.parametrize("source, target, pairs", [
+    ("a photo of a cat", "a photo of a dog", (("cat", "dog"),)),
+    ("an orange t-shirt", "a red t-shirt", (("orange", "red"),)),
+    ("a red circle on a gray wall", "a circle on a dark gray wall", ()),
+    ("a cat", "a big cat", ()),
+    ("a cat " * 60, "a dog " * 60, (("cat", "dog"),) * 60),
+])  # fmt: skip
+def test_words_that_differ_are_pairs_where_none_is_shifted(source, target, pairs):
+    assert datasets.changed_words(source, target) == pairs

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from io import BytesIO
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -58,6 +59,41 @@ def test_captions_of_as_many_words_are_exchanged_and_others_refined(samples):
     ):
         (found,) = nodes_of(build(method, samples[kind], Setup()), node)
         assert found["target_prompt"] == samples[kind].target
+
+
+@pytest.mark.parametrize("source, target, node", [
+    ("a red circle", "a blue circle", "Swap"),
+    ("a woman in a t-shirt", "a woman in a sweater", "Refine"),
+    ("a dog's bowl", "a cats bowl", "Refine"),
+    ("2 cats", "10 dogs", "Refine"),
+    ("2 cats", "3 dogs", "Swap"),
+    ("a red door.", "a red door now", "Swap"),
+    ("a cat, sitting", "a dog, sleeping", "Swap"),
+    ("a red circle on a gray wall", "a circle on a dark gray wall", "Refine"),  # as many words, but shifted
+    ("a (red) car", "a (blue) car", "Swap"),
+    ("red car " * 60, "blue car " * 60, "Swap"),  # in two chunks
+])  # fmt: skip
+def test_a_swap_is_told_from_a_refinement_by_the_words_of_clip(samples, source, target, node):
+    sample = replace(samples["colour"], source=source, target=target)
+    assert prompts.value_of("$exchange", sample, Setup()) == f"AttunePrompt{node}"
+
+
+def test_captions_are_given_to_the_host_as_they_read(samples):
+    """Bare brackets are weights in the host's prompts; those of a data set are none."""
+    sample = replace(
+        samples["colour"], source="a (red:2) car :-)", target="a (blue) car", extras={"kept words": ["(old", "wheel)"]},
+        words=(("(red:2)", "(blue)"), ("car", "")),
+    )  # fmt: skip
+    given = {name: prompts.value_of(name, sample, Setup()) for name in ("$source", "$target", "$words", "$outside")}
+    assert given == {
+        "$source": r"a \(red:2\) car :-\)", "$target": r"a \(blue\) car", "$words": r"\(red:2\), \(blue\), car",
+        "$outside": r"\(old, wheel\)",
+    }  # fmt: skip
+    assert prompts.value_of("$braced", sample, Setup()) == r"a {\(red:2\)} {car} :-\)"
+    built = json.dumps(build(read_method("p2p_ddim"), sample, Setup()).nodes)
+    assert json.dumps(given["$source"]) in built and json.dumps(given["$target"]) in built
+    with pytest.raises(NotApplicable, match="no thing"):
+        prompts.value_of("$braced", replace(sample, source="a {red} car"), Setup())
 
 
 @pytest.mark.parametrize("name, change, lack", [
@@ -132,3 +168,12 @@ def test_pictures_become_the_middle_square(tmp_path, size, mode):
         assert found.size == (128, 128) and found.mode == ("L" if mode == "L" else "RGB")
         assert mode != "RGB" or found.getpixel((1, 64)) == found.getpixel((126, 64)) == (0, 0, 255)
     assert prompts.square(made, 128, tmp_path / "samples") == made
+
+
+def test_a_grey_picture_of_16_bits_keeps_its_values(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).round().astype(np.uint16)
+    for name, values in (("big.png", ramp), ("small.tiff", ramp), ("wide.tiff", ramp.astype(np.int32))):
+        Image.fromarray(values).save(tmp_path / name)
+        with Image.open(prompts.square(tmp_path / name, 64, tmp_path / "samples" / name)) as found:
+            assert found.mode == "RGB" or found.mode == "L"
+            assert np.abs(np.asarray(found.convert("L")) - ramp / 257).max() <= 1

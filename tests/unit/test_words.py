@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attune.attention_patches.alignment import align, refine_map, swap_map
+from attune.attention_patches.alignment import align, refine_map, shifted_words, swap_map
 from attune.attention_patches.words import (
     CHUNK,
     group_words,
@@ -11,7 +13,6 @@ from attune.attention_patches.words import (
     read_factors,
     read_list,
     read_stretches,
-    stands_alone,
 )
 
 
@@ -54,6 +55,38 @@ def test_an_unknown_word_is_named_with_the_words_there_are():
         tokens("a", "cat").find("dog")
 
 
+def test_a_word_is_what_the_tokenizer_makes_of_it():
+    """Here one that takes brackets away and cuts at hyphens."""
+    read = replace(tokens("a", "t", "-", "shirt", "red"), cut=lambda text: text.strip("()").replace("-", " - ").split())
+    assert read.find("(red)") == read.find("((red") == [(5,)]
+    assert read.find("(t-shirt)") == [(2, 3, 4)] and read.holds("(a)") and read.count("(shirt)") == 1
+    with pytest.raises(ValueError, match=r'"\(\)" is not in .*, since the CLIP reads nothing of it.*; change me\.$'):
+        read.find("()", "me")
+
+
+def test_each_position_counts_once():
+    read = tokens("ha", "ha", "ha", "red", "star")
+    assert read.find("ha ha") == [(1, 2), (2, 3)]
+    assert read.positions(["ha ha", "red star", "red"]) == (1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("prompt, word, apart", [
+    (("a", "\u0441ircle"), "circle", "U+0063 in the word, U+0441 in the prompt"),  # a Cyrillic letter
+    (("mother", "\u2019", "s"), "mother's", "U+0027 in the word, U+2019 in the prompt"),
+    (("r\u200bed",), "red", "nothing in the word, U+200B in the prompt"),
+    (("red",), "\uff32ed", "U+FF52 in the word, U+0072 in the prompt"),
+    (("\u03c3\u03bf\u03c3",), "\u03c3\u03bf\u03c2", "U+03C2 in the word, U+03C3 in the prompt"),  # the final sigma
+    (("caf\u00e9",), "cafe", "U+0065 in the word, U+00E9 in the prompt"),
+])  # fmt: skip
+def test_words_that_only_look_alike_are_told_by_their_code_points(prompt, word, apart):
+    with pytest.raises(ValueError) as error:
+        tokens(*prompt).find(word)
+    said = str(error.value)
+    assert said.endswith(
+        f", which holds one that only looks like it: {apart}; change the word or the prompt on the Attune node."
+    )
+
+
 def test_second_chunk_counts_on():
     read = group_words("x", [["a</w>"] * 75, ["b</w>"]])
     assert read.words[-1].positions == (78,)
@@ -61,7 +94,7 @@ def test_second_chunk_counts_on():
 
 
 def test_added_words_are_refused_by_name():
-    with pytest.raises(ValueError, match='2 words and the target prompt 3 .*"" -> "red"'):
+    with pytest.raises(ValueError, match='2 words and the target prompt 3 .*"" -> "red".* take Attune Prompt Refine'):
         swap_map(tokens("a", "cat"), tokens("a", "red", "cat"))
 
 
@@ -126,6 +159,33 @@ def test_what_users_write_about_words():
     assert read_stretches("red: 0.4, star: 0.1-0.6") == [("red", (0, 0.4)), ("star", (0.1, 0.6))]
 
 
+def test_lists_are_parted_as_people_type_them():
+    assert read_list("red\uff0ccircle\u3001star\uff1bheart; sun") == ["red", "circle", "star", "heart", "sun"]
+    assert read_factors("red\uff1a2\uff0c star \uff1a \uff0d\uff10\uff0e\uff15") == [("red", 2), ("star", -0.5)]
+    assert read_stretches("red\uff1a0.1\u20130.6") == [("red", (0.1, 0.6))]
+
+
+def test_brackets_keep_what_stands_in_them_together():
+    assert read_list("(red, (old, big):1.2), circle") == ["(red, (old, big):1.2)", "circle"]
+    assert read_list(r"\(red, blue\), :-(, star") == [r"\(red", r"blue\)", ":-(", "star"]
+    assert read_list("star), (red") == ["star)", "(red"]
+    assert read_factors("(red:1.3): 2, (a, b)\uff1a1") == [("(red:1.3)", 2), ("(a, b)", 1)]
+
+
+@given(st.text("ab(),:\\\n", max_size=40))
+def test_nothing_but_marks_between_words_is_lost(text):
+    parts, plain = read_list(text), text.replace("\n", "").replace(",", "")
+    assert "".join(parts).replace("\n", "").replace(",", "") == plain
+    assert all(part.count("(") >= 1 for part in parts if "," in part)
+
+
+@pytest.mark.parametrize("text", ["red: 1,5", "red: 1\uff0c5, star: 2", "star: 2, red: 1,5"])
+def test_a_number_with_a_comma_is_told_to_have_a_point(text):
+    for read in (read_factors, read_stretches):
+        with pytest.raises(ValueError, match=r'^"5" is not .* \(write 1\.5 for 1.5\); correct weights here\.$'):
+            read(text, "weights here")
+
+
 @pytest.mark.parametrize("text", ["red", "red: much", ": 2", "red: nan", "red: inf"])
 def test_what_is_no_pair_is_quoted(text):
     with pytest.raises(ValueError, match="is not a word and its factor"):
@@ -137,6 +197,7 @@ def test_what_is_no_pair_is_quoted(text):
 def test_nouns_in_braces():
     assert read_braces("a {cat} and a {dog}") == ("a cat and a dog", [("cat", 2), ("dog", 12)])
     assert read_braces("({cat}:1.2) {cat}s") == ("(cat:1.2) cats", [("cat", 1), ("cat", 10)])
+    assert read_braces("a \uff5bcat\uff5d") == ("a cat", [("cat", 2)])
     assert read_braces("{ red  cat\n}") == (" red  cat\n", [("red  cat", 0)])
 
 
@@ -171,15 +232,6 @@ def test_a_prompt_without_braces(text):
         read_braces(text)
     said = str(error.value)
     assert f'"{text}" marks no noun' in said and 'such as "a {cat} and a {dog}"' in said and said.endswith("node.")
-
-
-def test_a_noun_that_is_part_of_a_word():
-    for text in ("a {cat}", "{cat}", "({cat}:1.2)", "a cat-{cat}", "a {cat}, red", "two {cats}", "a{ cat }b"):
-        prompt, ((noun, start),) = read_braces(text)
-        assert stands_alone(prompt, noun, start), text
-    for text in ("two {cat}s", "a tom{cat}", "s{cat}ter", "the cat and the {cat}s"):
-        prompt, ((noun, start),) = read_braces(text)
-        assert not stands_alone(prompt, noun, start), text
 
 
 def test_words_are_counted():
@@ -233,3 +285,29 @@ def test_alignment_over_chunks():
     found = align(source, target)
     assert found[1] == -1 and found[2] == 1 and found[78] == 75 and found[79] == 78
     assert found[76] == 76 and found[77] == 77 and found[80] == 79  # both chunks' ends and the second's start
+
+
+@pytest.mark.parametrize("source, target, shifted", [
+    ("a red circle on grass", "a circle on dark grass", "circle<red on<circle"),
+    ("a striped red dog and a cat", "a red dog and a dotted cat", "red<striped dog<red and<dog a<and"),
+    ("a cat , asleep", "a dog asleep now", "asleep<,"),
+    ("a red circle", "a blue circle", ""),
+    ("a cat and a dog", "a dog and a cat", ""),  # two words change places, and that is meant
+    ("red and blue balls", "blue and red balls", ""),
+    ("a red star", "two blue suns", ""),
+    ("", "", ""),
+])  # fmt: skip
+def test_a_swap_with_a_word_taken_away_and_one_added_shifts_those_between(source, target, shifted):
+    found = shifted_words(*(tokens(*text.split()) for text in (source, target)))
+    assert " ".join(f"{theirs.text}<{ours.text}" for theirs, ours in found) == shifted
+
+
+@given(st.lists(st.tuples(word, word), max_size=10))
+def test_words_that_a_swap_shifts_read_another_word_and_have_their_own(pairs):
+    source, target = tokens(*(a for a, _ in pairs)), tokens(*(b for _, b in pairs))
+    mapper, found = swap_map(source, target), align(source, target)
+    for theirs, ours in shifted_words(source, target):
+        assert mapper[list(ours.positions)][:, list(theirs.positions)].sum() > 0 and ours.keys != theirs.keys
+        own = {int(found[position]) for position in theirs.positions}
+        (same,) = (word for word in source.words if set(word.positions) == own)
+        assert same.keys == theirs.keys and same.positions != ours.positions
