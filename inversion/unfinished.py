@@ -44,7 +44,8 @@ def learn(model, trajectory, negative, settings, node_id=None):
     with run.kept():
         done = host.learn(model, trajectory.conditioning, negative, picture, steps * settings.inner, body)
     flat = [loss for pictures in done.losses for losses in pictures for loss in losses]
-    run.note(f"{len(flat)} updates in {steps} steps, last loss {flat[-1]:.2e}")
+    # On a MODEL without an edit nothing sees the sampler's cfg, so it is said here.
+    run.note(f"{len(flat)} updates in {steps} steps, last loss {flat[-1]:.2e}; sample at cfg {settings.guidance:g}")
     return torch.stack(done.nulls).float().cpu()
 
 
