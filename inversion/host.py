@@ -32,6 +32,8 @@ VERSION = "0.8.0"  # this pack's, as in pyproject.toml
 
 # Where packs hang functions that bend the prediction after the model has spoken.
 GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
+# Windows over the frames of a batch: ComfyUI finds its place in them by a sampler's levels, which are not walked here.
+WINDOWS = "context_handler"
 
 PIXELS = 8  # of a picture to a latent's one, each way, in every Stable Diffusion
 OURS = "attune"  # the key of this pack's own wrappers
@@ -122,7 +124,7 @@ def _every_evaluation(model_options):
 
 def _run(model, conditionings, guidance, latent, steps, body):
     guider = comfy.samplers.CFGGuider(model)
-    guider.model_options = {k: v for k, v in model.model_options.items() if k not in GUIDANCE}
+    guider.model_options = {k: v for k, v in model.model_options.items() if k not in (*GUIDANCE, WINDOWS)}
     guider.inner_set_conds({k: v for k, v in conditionings.items() if v})
     guider.set_cfg(guidance)
     sampler, grid = _Walk(body), torch.zeros(steps + 1)
@@ -136,8 +138,8 @@ def walk(model, positive, latent, sigmas, body, negative=None, guidance=1.0):
     ``negative`` where it is not 1.
 
     ``latent`` (B, C, h, w) is in the host's scale and reaches ``body`` in the model's own; whatever ``body`` returns
-    is returned. ``denoise(x, sigma)`` predicts the clean latent, fp32. Guidance and caching that other packs put on
-    MODEL are left out. Shows progress and previews, and stops within one evaluation of Cancel.
+    is returned. ``denoise(x, sigma)`` predicts the clean latent, fp32. Guidance, caching and windows over frames that
+    other packs put on MODEL are left out. Shows progress and previews, and stops within one evaluation of Cancel.
     """
     steps = len(sigmas) - 1
 

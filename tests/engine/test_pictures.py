@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attune.inversion import host as runs
 from attune.nodes.cache import AttuneFeatureCache
+from attune.nodes.invert import GRIDS, LEVELS, AttuneDDIMInversion
 from attune.nodes.self_attention import AttuneRegionPrompts
 
-from .bench import METHODS, TARGET, Bench, half, local_blend, outputs, prompt_swap
+from .bench import METHODS, SOURCE, TARGET, Bench, half, local_blend, outputs, prompt_swap
 
 windows = pytest.importorskip("comfy_extras.nodes_context_windows")  # 0.3.52 has none yet
 FRAMES = 4
@@ -81,6 +83,13 @@ def test_windows_and_kept_features(frames):
         plain, _ = prompt_swap(frames, 1)
         wanted = frames.sample(windowed(plain, *schedule), positive)
         assert apart(frames.sample(windowed(cached, *schedule), positive), wanted) < 2e-3
+
+
+def test_frames_are_inverted_without_windows(frames):
+    picture = {"samples": runs.host_latent(frames.trajectory, -1)}
+    rest = picture, frames.text(SOURCE), 3, GRIDS[0], LEVELS[0]
+    plain, cut = (outputs(AttuneDDIMInversion, m, *rest)[0] for m in (frames.model, windowed(frames.model)))
+    assert torch.equal(plain.latents, cut.latents)
 
 
 def test_windows_of_the_picture_itself_are_refused(frames):
