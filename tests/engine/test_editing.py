@@ -388,12 +388,92 @@ def test_learned_embeddings_are_words(bench):
 def test_an_embedding_that_is_not_there_does_not_shift_the_rest(bench):
     read = host.read_words(bench.clip, "a embedding:none circle embedding:dot square")
     assert read.find("circle") == [(2,)] and read.find("square") == [(4,)]
+    assert read.find("embedding:dot") == read.find("(embedding:dot:1.2)") == [(3,)]
 
 
 def test_words_in_other_scripts_and_signs(bench):
     read = host.read_words(bench.clip, "a T-shirt, a caf\u00e9 \u732b (red:1.3) \\(circle\\)")
     assert read.find("t-shirt") and read.find("caf\u00e9") and read.find("\u732b")
     assert read.find("red")[0][0] < read.find("circle")[0][0]
+
+
+@pytest.mark.parametrize("prompt, word, found", [
+    ("a (red:1.3) circle", "(red:1.3)", [(2,)]),
+    ("a red circle", "((red))", [(2,)]),
+    ("a (red:1.2) circle", "(red:1.2) circle", [(2, 3)]),
+    ("a ((big) (red:1.2)) circle", "((big) (red:1.2)) circle", [(2, 3, 4)]),
+    ("a \\(red\\) circle", "\\(red\\)", [(2, 3, 4)]),
+    ("a cafe\u0301 circle", "caf\u00e9", [(2,)]),
+    ("a caf\u00e9 circle", "CAFE\u0301", [(2,)]),
+    ("\u03a3\u0399\u03a3, red", "\u03a3\u0399\u03a3", [(1, 2, 3, 4, 5, 6)]),  # of which Python ends in a final sigma
+    ("a dog's bowl of 10 T-shirts", "Dog's", [(2, 3)]),
+    ("a dog's bowl of 10 T-shirts", "10 t-shirts", [(6, 7, 8, 9, 10)]),
+    ("a \uff08red\uff09 circle", "\uff08red\uff09", [(2, 3, 4, 5, 6, 7, 8)]),
+    ("un(believ)able", "unbelievable", [(1, 2, 3, 4)]),
+    ("red, red... red", "red", [(1,), (3,), (5,)]),
+    ("red, red... red", "...", [(4,)]),
+])  # fmt: skip
+def test_a_word_is_found_however_it_is_written(bench, prompt, word, found):
+    assert host.read_words(bench.clip, prompt).find(word) == found
+
+
+@pytest.mark.parametrize("word", ["", "()", "(:1.2)", "embedding:none", "\ud83d", "\uff08red)"])
+def test_what_is_no_word_of_a_prompt(bench, word):
+    read = host.read_words(bench.clip, "a red circle")
+    assert not read.holds(word) and read.count(word) == 0
+    with pytest.raises(ValueError, match="is not in the prompt .*; change the word or the prompt on the Attune node"):
+        read.find(word)
+
+
+def test_a_phrase_is_found_over_the_border_of_two_chunks(bench):
+    """Also of a word that the border cuts."""
+    read = host.read_words(bench.clip, ", ".join(["star"] * 37) + " squirrelfish circle")
+    assert read.chunks == 2 and read.find("(squirrelfish:1.1) circle") == [(74, 75, 78, 79)]
+
+
+def test_words_are_written_as_in_the_prompt_wherever_a_node_asks_for_them(bench):
+    """The same edit, whether the user copies a word with its weight or types it."""
+    target = "a (yellow:1.3) circle and a blue square on a gray background"
+    windows = 0.0, 0.4, 0.0, 0.2, 1024
+    for node in (AttunePromptSwap, AttunePromptRefine):
+        plain, copied = (
+            bench.sample(*words(bench, node, f"{star}: 0.2", f"{circle}, blue square", target=target, windows=windows))
+            for star, circle in (("blue", "circle"), ("(blue:1.1)", "(circle)"))
+        )
+        assert torch.equal(plain, copied)
+    model, _ = words(bench, AttunePromptSwap, target=target)
+    weighed = [
+        bench.sample(*prompt_reweight(bench, 1, model, target, weights))
+        for weights in ("yellow: 2, circle: 0.5", "(yellow:1.3)\uff1a2\uff0c((circle)): 0.5")
+    ]
+    assert torch.equal(*weighed)
+    blended = [
+        bench.sample(*local_blend(bench, 1, model, inside=inside, outside=outside, target=target))
+        for inside, outside in (("yellow circle, red", "square"), ("(yellow:1.3) circle\u3001red", "(SQUARE)"))
+    ]
+    assert torch.equal(*blended)
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"inside": "zebra"}, '"zebra" is not in .*; change inside or the prompts on Attune Local Blend'),
+    ({"outside": "zebra"}, '"zebra" is not in .*; change outside or the prompts on Attune Local Blend'),
+])  # fmt: skip
+def test_a_word_that_is_not_there_names_the_node_and_its_input(bench, change, match):
+    with pytest.raises(ValueError, match=match):
+        local_blend(bench, 1, **change)
+    for options, match in (
+        (("zebra: 0.4",), '"zebra" is not in .*; change word_windows or the target prompt on Attune Prompt Swap'),
+        (("red: 0,4",), '"4" is not .* .write 0.4 for 0,4.; correct word_windows on Attune Prompt Swap'),
+        (("", "zebra"), '"zebra" is not in .*; change preserve or the target prompt on Attune Prompt Swap'),
+    ):
+        with pytest.raises(ValueError, match=match):
+            words(bench, AttunePromptSwap, *options)
+    for weights, match in (
+        ("zebra: 2", '"zebra" is not in .*; change weights or the prompt on Attune Prompt Reweight'),
+        ("red: 1,5", '"5" is not .* .write 1.5 for 1,5.; correct weights on Attune Prompt Reweight'),
+    ):
+        with pytest.raises(ValueError, match=match):
+            prompt_reweight(bench, 1, weights=weights)
 
 
 def test_swap_over_two_chunks_keeps_count(bench):

@@ -15,7 +15,7 @@ from attune.demo import model as demo_model
 from attune.inversion import ddim
 from attune.inversion import host as runs
 from attune.nodes.demo import AttuneDemoCheckpoint, AttuneDemoScene
-from attune.nodes.edit import AttunePromptSwap
+from attune.nodes.edit import AttunePromptRefine, AttunePromptSwap
 from attune.nodes.invert import GRIDS, LEVELS, AttuneDDIMInversion
 from attune.nodes.view import AttuneAttentionMaps, AttuneContactSheet
 
@@ -321,10 +321,23 @@ def test_another_caption_is_said(bench, caplog):
     assert 'was made under "a red square", but the source prompt is' in caplog.text
 
 
+@pytest.mark.parametrize("target, told", [
+    ("a circle and a blue square on a dark gray background", 'puts "circle" where "red" was, "and" where "circle" '),
+    ("a blue circle and a red square on a gray background", None),
+])  # fmt: skip
+def test_a_swap_that_shifts_words_is_said(bench, caplog, target, told):
+    swap(bench, target=target)
+    assert [told in record.message for record in caplog.records] == [True] * (told is not None)
+    assert "or take Attune Prompt Refine" in caplog.text or not told
+    caplog.clear()
+    outputs(AttunePromptRefine, bench.model, bench.clip, bench.trajectory, SOURCE, target, 0.0, 0.8, 0.0, 0.4, 1024)
+    assert not caplog.records
+
+
 def test_a_word_that_is_not_there(bench):
     with pytest.raises(ValueError) as error:
         outputs(AttuneAttentionMaps, bench.model, bench.clip, bench.trajectory, SOURCE, "red, zebra", 256, 5)
-    one_sentence(error, '"zebra" is not in the prompt', "Attune node")
+    one_sentence(error, '"zebra" is not in the prompt', "; change words or the prompt on Attune Attention Maps.")
 
 
 def test_an_empty_batch_and_a_wrong_latent(bench):

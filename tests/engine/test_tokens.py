@@ -391,6 +391,27 @@ def test_two_nouns_that_are_the_same_word(bench, once, scene):
     assert host.read_nouns(bench.clip, "(a circle, a {circle}:1.2) {circle}")[1] == [("circle", (5,)), ("circle", (6,))]
 
 
+@pytest.mark.parametrize("text, nouns", [
+    ("a {(red:1.3) cat} and ({cat}:1.2)", [(2, 3), (5,)]),
+    ("(a (1:1.5) and {1}:1.2)", [(4,)]),  # brackets that only close behind the noun
+    ("a {cat}-fish, {don}'t, 1{0}", [(2,), (6,), (10,)]),  # the tokenizer cuts there
+    ("a {\\(red\\)} x {x}", [(2, 3, 4), (6,)]),
+    ("a {cafe\u0301}, a {caf\u00e9}", [(2,), (5,)]),
+    ("a {  cat } \uff5bdog\uff5d", [(2,), (3,)]),
+    ("a {, red}... {...}", [(2, 3), (5,)]),
+])  # fmt: skip
+def test_nouns_are_whole_words_of_the_tokenizer(bench, text, nouns):
+    assert [at for _, at in host.read_nouns(bench.clip, text)[1]] == nouns
+
+
+@pytest.mark.parametrize("text", [
+    "the cat and the {cat}s", "a cat and tom{cat}", "cat s{cat}ter", "e caf{e}\u0301", "a , {,}, b", "{(a} ) (a",
+])  # fmt: skip
+def test_nouns_that_are_pieces_of_a_word(bench, text):
+    with pytest.raises(ValueError, match="cut a word of the prompt .* in source_prompt of Attune Dynamic Prompt"):
+        host.read_nouns(bench.clip, text, "source_prompt of Attune Dynamic Prompt")
+
+
 @pytest.mark.parametrize("layer", [None, -2, -1])
 def test_texts_are_encoded_as_the_host_does(bench, layer):
     """Where gradients flow, too: weights, two chunks and clip skip."""
@@ -991,6 +1012,11 @@ def test_a_saved_word_is_an_embedding(reader, learned):
         assert torch.equal(vector, expected[0]) and torch.is_tensor(read[3][0])
         plain = reader.tokenize("a blue circle on a table")["l"][0]
         assert [p for p in read if not torch.is_tensor(p[0])] == plain[:3] + plain[4:]
+    vectors = [
+        reader.tokenize(save(made, word, 0, 0, "some/word")[0])["l"][0][1][0]
+        for word in ("square", "SQUARE ", "(square:1.2)")
+    ]
+    assert all(torch.equal(vector, rows[0, 1]) for vector in vectors)
     names = {save(made, "circle", 0, 0, "some/word")[0] for _ in range(3)}
     assert len(names) == 3  # nothing is overwritten
 

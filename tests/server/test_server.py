@@ -84,6 +84,18 @@ def test_bad_input_is_shown_on_the_node_and_does_no_harm(server, undisturbed, sp
     assert np.array_equal(edit(server, prompt), expected), "the next run draws something else"
 
 
+def test_a_swap_that_shifts_words_says_so_on_its_node(server):
+    prompt = word_swap()
+    node = workflow.find(prompt, SWAP)
+    told = []
+    for target in ("a yellow circle and a", "a circle and a big"):
+        prompt[node]["inputs"]["target_prompt"] = f"{target} blue square on a gray background"
+        server.run(prompt, on_text=lambda where, text: told.append((where, text)))
+        assert len(told) == ("big" in target)
+    assert told[0][0] == node and 'so the swap puts "circle" where "red" was, ' in told[0][1]
+    assert told[0][1].endswith("or take Attune Prompt Refine, in which words that stay keep their place in the image.")
+
+
 # -- Cancel -----------------------------------------------------------------------------------------------------------
 
 
