@@ -1,6 +1,7 @@
 """The pack in a server that goes on running: bad input, Cancel, repetition and memory."""
 
 import copy
+import os
 
 import numpy as np
 import psutil
@@ -94,6 +95,66 @@ def test_a_swap_that_shifts_words_says_so_on_its_node(server):
         assert len(told) == ("big" in target)
     assert told[0][0] == node and 'so the swap puts "circle" where "red" was, ' in told[0][1]
     assert told[0][1].endswith("or take Attune Prompt Refine, in which words that stay keep their place in the image.")
+
+
+# -- letters that UTF-8 cannot hold -----------------------------------------------------------------------------------
+
+HALF = "\ud83d"  # of an emoji
+BAD_NAME = b"\xff.trajectory.safetensors"
+
+
+def half_letter(kind, name):
+    def spoil(prompt):
+        prompt[workflow.find(prompt, kind)]["inputs"][name] = f"a red {HALF}"
+
+    return spoil
+
+
+def linked_half_letter(prompt):
+    prompt[workflow.find(prompt, SWAP)]["inputs"]["source_prompt"] = ["900", 0]
+    prompt["900"] = {"class_type": "PrimitiveString", "inputs": {"value": f"{HALF} " * 50_000}}
+
+
+def bad_file(prompt):
+    prompt[workflow.find(prompt, SWAP)]["inputs"]["trajectory"] = ["900", 0]
+    prompt["900"] = {"class_type": "AttuneLoadTrajectory", "inputs": {"file": os.fsdecode(BAD_NAME)}}
+
+
+def bad_prefix(prompt):
+    prompt["900"] = {
+        "class_type": "AttuneSaveTrajectory",
+        "inputs": {"trajectory": [workflow.find(prompt, INVERSION), 0], "filename_prefix": f"attune/{HALF}"},
+    }
+
+
+LETTERS = {
+    "caption": half_letter("AttuneDemoScene", "caption"),
+    "choice": half_letter(INVERSION, "grid"),
+    "prompt": half_letter(SWAP, "target_prompt"),
+    "linked prompt": linked_half_letter,
+    "word": half_letter(SWAP, "preserve"),
+    "prefix": bad_prefix,
+    "file": bad_file,
+}
+
+
+@pytest.mark.parametrize("spoil", LETTERS.values(), ids=LETTERS)
+def test_half_a_letter_does_not_stop_the_queue(server, undisturbed, spoil):
+    """ComfyUI's log holds UTF-8 alone: an error that quoted such a letter ended the thread that runs prompts."""
+    (server.base / "input" / os.fsdecode(BAD_NAME)).write_bytes(b"no trajectory")
+    prompt = word_swap()
+    spoiled = copy.deepcopy(prompt)
+    spoil(spoiled)
+    try:
+        entry = server.wait_for_history(server.queue(spoiled))
+        (error,) = (data for kind, data in entry["status"]["messages"] if kind == "execution_error")
+        said = error["exception_message"].strip()
+        assert error["exception_type"] == "ValueError" and said.endswith(".") and "\n" not in said and len(said) < 600
+    except host.PromptFailed as refused:  # at once, when it was queued
+        said = str(refused)
+    said.encode("utf-8")
+    assert np.array_equal(edit(server, prompt), undisturbed[1])
+    assert "Exception in thread" not in server.log_path.read_text(encoding="utf-8", errors="replace")
 
 
 # -- Cancel -----------------------------------------------------------------------------------------------------------
