@@ -1,8 +1,14 @@
-"""Labelled pictures, drawn with Pillow."""
+"""Labelled pictures, drawn with Pillow.
 
+Where a function takes ``each``, what it draws goes through it one by one, and it may raise there to end the drawing.
+"""
+
+import bisect
 import colorsys
 import functools
 import math
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,20 +17,57 @@ from PIL import Image, ImageDraw, ImageFont
 
 INKS = ((250, 204, 21), (96, 165, 250), (244, 114, 182), (74, 222, 128))  # of curves
 GAP, PAPER, INK, FAINT = 8, (24, 24, 27), (228, 228, 231), (161, 161, 170)
+LETTERS = Path(__file__).parent / "fonts" / "wqy-microhei.ttf"  # Latin, Greek, Cyrillic, Chinese, Japanese, Korean
 SMALL, WIDTH = 12, 1100  # pixels: the smallest lettering, and how wide a sheet of many tiles gets
 MOST = 600  # maps on one sheet
 LEARNING_LOSSES = ("balance", "disjoint", "background", "null-text")  # those with thresholds first
 
 
 def to_pil(picture):
-    """(H, W, 3 or 4) or (H, W) in 0..1 to a Pillow picture."""
+    """(H, W, 3) or (H, W) in 0..1 to a Pillow picture."""
     array = (picture.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    return Image.fromarray(array[..., :3] if array.ndim == 3 else array).convert("RGB")
+    return Image.fromarray(array).convert("RGB")
 
 
 def from_pil(picture):
     """A Pillow picture to IMAGE (1, H, W, 3)."""
     return torch.from_numpy(np.asarray(picture, np.float32) / 255)[None]
+
+
+@functools.cache
+def _font(size, plain):
+    """Pillow's own font, which knows ASCII alone, for ``plain`` text, and the pack's for any other."""
+    if plain:
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(LETTERS, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@functools.lru_cache(4096)
+def _shown(letter):
+    """A letter as a sheet shows it: what no font here draws, such as an emoji, by its number."""
+    if letter.isspace():
+        return " "
+    control = unicodedata.category(letter).startswith("C")
+    # The font draws one and the same box for all that it lacks.
+    if not control and (letter.isascii() or _drawn(letter) != _drawn("\U0010ffff")):
+        return letter
+    return f"U+{ord(letter):04X}"
+
+
+def _drawn(letter):
+    mask = _font(16, plain=False).getmask(letter)
+    return mask.size, bytes(mask)
+
+
+def _readable(text):
+    return "".join(map(_shown, unicodedata.normalize("NFC", text)))
+
+
+def _fitting(line, size, width):
+    """The largest font of at most ``size`` in which a line is at most ``width`` pixels wide, or the smallest one."""
+    sizes = range(SMALL, max(size, SMALL) + 1)
+    fits = bisect.bisect(sizes, width, key=lambda s: _font(s, line.isascii()).getlength(line))
+    return _font(sizes[max(fits - 1, 0)], line.isascii())
 
 
 def _labelled(picture, text, size, narrowest=0):
@@ -40,12 +83,12 @@ def _labelled(picture, text, size, narrowest=0):
     tile.paste(picture, ((width - picture.width) // 2, 0))
     draw, y = ImageDraw.Draw(tile), picture.height + 0.25 * size
     for line, size_, ink in lines:
-        fitting = size_
-        while fitting > SMALL and ImageFont.load_default(fitting).getlength(line) > width:
-            fitting -= 1
-        font = ImageFont.load_default(fitting)
-        while len(line) > 1 and font.getlength(line) > width:
-            line = line.rstrip("~")[:-1] + "~"
+        # No letter is as narrow as a pixel, and two may make one.
+        line = _readable(line[: 2 * width])[:width]
+        font = _fitting(line, size_, width)
+        if font.getlength(line) > width:
+            fits = bisect.bisect(range(1, len(line)), width, key=lambda n: font.getlength(line[:n] + "~"))
+            line = line[:fits] + "~"
         draw.text((max(0, (width - font.getlength(line)) / 2), y), line, ink, font)
         y += round(1.35 * size_)
     return tile
@@ -103,20 +146,23 @@ def _scaled(picture, height):
     return picture.resize((max(1, round(picture.width * height / picture.height)), height), kind)
 
 
-def contact_sheet(pictures, labels, height, wide=None):
+def contact_sheet(pictures, labels, height, wide=None, each=iter):
     """IMAGE (1, H, W, 3) of pictures (H, W, 3) side by side, ``height`` pixels tall, each over its label.
 
     ``wide`` is an IMAGE batch whose first picture goes below across the width; its label follows the others'.
     """
     labels = labels + [""] * (len(pictures) + 1)
-    tiles = [_labelled(_scaled(to_pil(p), height), labels[i], max(12, height // 14)) for i, p in enumerate(pictures)]
+    size = max(SMALL, height // 14)
+    tiles = [
+        _labelled(_scaled(to_pil(p), height), label, size) for p, label in zip(each(pictures), labels, strict=False)
+    ]
     top = rows_of(tiles, len(tiles))
     if wide is None:
         return from_pil(top)
     below = to_pil(wide[0])
     width = top.width - 2 * GAP
     below = below.resize((width, max(1, round(below.height * width / below.width))), Image.Resampling.LANCZOS)
-    below = _labelled(below, labels[len(pictures)], max(12, height // 14))
+    below = _labelled(below, labels[len(pictures)], size)
     out = Image.new("RGB", (top.width, top.height + below.height + GAP), PAPER)
     out.paste(top, (0, 0))
     out.paste(below, (GAP, top.height))
@@ -135,13 +181,13 @@ def _tokens(picture, side):
     return _enlarged(picture, side, Image.Resampling.NEAREST)
 
 
-def mask_strip(masks, steps, total, height):
+def mask_strip(masks, steps, total, height, each=iter):
     """IMAGE (1, H, W, 3) of masks (S, B, h, w), ``height`` pixels tall, at the 0-based ``steps`` of ``total``."""
     side = round(height * max(1, masks.shape[3] / masks.shape[2]))
     tiles = [
         _labelled(_tokens(mask, side), _step_name((step,), total), SMALL, 64)
         for picture in range(masks.shape[1])
-        for step, mask in zip(steps, masks[:, picture], strict=True)
+        for step, mask in zip(steps, each(masks[:, picture]), strict=True)
     ]
     return from_pil(_in_runs(tiles, len(steps), max(1, WIDTH // (tiles[0].width + GAP))))
 
@@ -150,7 +196,7 @@ def _step_name(steps, total):
     return f"step {steps[0] + 1} of {total}" if len(steps) == 1 else f"mean of {len(steps)} steps"
 
 
-def map_sheet(found, stretch):
+def map_sheet(found, stretch, each=iter):
     """IMAGE (B, H, W, 3) of a ``maps.WordMaps``: every word's map for every layer and step, labelled.
 
     What all have in common stands above. A word's maps stay together: its steps, layer by layer, or else its layers.
@@ -176,7 +222,7 @@ def map_sheet(found, stretch):
             _labelled(smooth(shown[n * len(found.words) + w][i][picture]), label, side // 8, 96)
             for w, word in enumerate(found.words)
             for n, layer in enumerate(layers)
-            for i, step in enumerate(steps)
+            for i, step in enumerate(each(steps))
             for label in ["\n".join(filter(None, (word, layer, step)))]
         ]
         whole = _in_runs(tiles, run, WIDTH // (tiles[0].width + GAP))
@@ -289,7 +335,7 @@ FIRST_AND_LAST, EACH_TO_FIRST, NO_DIFFERENCE = "first and last", "each to the fi
 DIFFERENCES = (FIRST_AND_LAST, EACH_TO_FIRST, NO_DIFFERENCE)
 
 
-def compare_sheet(rows, captions, height, kind, gain):
+def compare_sheet(rows, captions, height, kind, gain, each=iter):
     """Pictures side by side with captions and where they differ: IMAGE (1, H, W, 3), and the differences.
 
     ``rows`` are lists of pictures (H, W, 3), one row a batch entry, each picture drawn ``height`` pixels tall over its
@@ -297,7 +343,7 @@ def compare_sheet(rows, captions, height, kind, gain):
     """
     captions = [*captions, *[""] * len(rows[0])]
     size, lines, found = max(SMALL, height // 14), [], []
-    for row in rows:
+    for row in each(rows):
         tiles = [_labelled(_scaled(to_pil(p), height), captions[i], size, 96) for i, p in enumerate(row)]
         others = {FIRST_AND_LAST: row[1:][-1:], EACH_TO_FIRST: row[1:], NO_DIFFERENCE: []}[kind]
         below = []

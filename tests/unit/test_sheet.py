@@ -1,6 +1,7 @@
 """The labelled pictures. ``nodes`` needs ComfyUI, but this file of it does not, so it is loaded by itself."""
 
 import importlib.util
+import time
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,102 @@ def test_contact_sheets_are_as_before():
     pictures = [torch.rand(64, 64, 3) for _ in range(3)]
     out = sheet.contact_sheet(pictures, ["a", "b"], 128, torch.rand(1, 30, 300, 3))
     assert out.shape[2] == 3 * (128 + sheet.GAP) + sheet.GAP
+
+
+# ---- lettering ---------------------------------------------------------------------------------------------------
+
+SCRIPTS = {
+    "accents": ("caf\u00e9 na\u00efve", "caf\u00e8 na\u00efve", "\u00fc", "\u00f6", "\u00f1", "\u00df", "\u0142"),
+    "Greek": ("\u03b1\u03b2", "\u03b3\u03b4", "\u0395\u03bb\u03bb\u03b7\u03bd\u03b9\u03ba\u03ac"),
+    "Cyrillic": ("\u043f\u043e\u0441\u043b\u0435", "\u0434\u043e\u0436\u0434\u0438"),
+    "Chinese": ("\u539f\u56fe", "\u7f16\u8f91", "\u82f9\u679c", "\u9999\u8549", "\u7e41\u9ad4"),
+    "kana": ("\u3053\u3093", "\u30ab\u30bf"),
+    "Hangul": ("\ud55c\uad6d", "\uace0\uc591"),
+    "full width": ("\uff0c", "\uff08\uff09"),
+}
+
+
+def lettering(text, width=128):
+    return np.asarray(sheet._labelled(Image.new("RGB", (width, 8)), text, 16))[8:]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_letters_beyond_ascii_are_drawn_as_they_are(script):
+    for label in SCRIPTS[script]:
+        assert sheet._readable(label) == label
+    shown = [lettering(label) for label in (*SCRIPTS[script], "")]
+    for number, one in enumerate(shown):
+        assert not any(np.array_equal(one, other) for other in shown[:number])
+
+
+def test_a_letter_that_no_font_has_is_told_by_its_number():
+    for label, told in {
+        "a \U0001f34e circle": "a U+1F34E circle",
+        "\u05e9\u05dc": "U+05E9U+05DC",  # written from right to left
+        "x\u0302": "xU+0302",  # a mark that no letter is made with
+        "half an emoji \ud83d": "half an emoji U+D83D",
+        "\x00\x1b[0m": "U+0000U+001B[0m",
+        "\u200b\ue000\U0010ffff": "U+200BU+E000U+10FFFF",
+    }.items():
+        assert sheet._readable(label) == told
+        assert np.array_equal(lettering(label, 300), lettering(told, 300))
+
+
+def test_letters_are_composed_and_every_space_is_one():
+    assert sheet._readable("cafe\u0301") == "caf\u00e9"
+    assert sheet._readable("\u1112\u1161\u11ab") == "\ud55c"
+    assert sheet._readable("a\tb\u00a0c\u3000d") == "a b c d"
+    assert np.array_equal(lettering("cafe\u0301"), lettering("caf\u00e9"))
+
+
+@pytest.mark.parametrize("letter", ["x", "i", "\u4e2d", "\U0001f34e", "e\u0301"])
+def test_a_long_label_takes_no_longer_than_it_shows(letter):
+    """And is cut to what fits, with a mark behind it."""
+    blank = Image.new("RGB", (2048, 8))
+    start = time.process_time()
+    shown = [sheet._labelled(blank, letter * count, 146) for count in (4_000, 100_000)]
+    assert time.process_time() - start < 2
+    assert np.array_equal(*shown)
+    line, font = sheet._readable(letter * 4000), sheet._font(sheet.SMALL, letter.isascii() or letter == "\U0001f34e")
+    cut = next(n for n in range(1, len(line)) if font.getlength(line[: n + 1] + "~") > 2048)
+    small = [sheet._labelled(blank, text, sheet.SMALL) for text in (letter * 4000, line[:cut] + "~")]
+    assert np.array_equal(*small)
+
+
+def test_a_label_is_set_as_large_as_it_fits():
+    for count in range(1, 30):
+        font = sheet._fitting("W" * count, 40, 300)
+        larger = sheet._font(font.size + 1, True).getlength("W" * count)
+        assert font.size == 40 or larger > 300
+        assert font.size == sheet.SMALL or font.getlength("W" * count) <= 300
+
+
+class Cancelled(Exception):
+    pass
+
+
+def test_a_sheet_ends_where_its_loop_is_ended():
+    """However many pictures are still to come."""
+
+    def after(count):
+        def each(items):
+            for number, item in enumerate(items):
+                if number == count:
+                    raise Cancelled
+                yield item
+
+        return each
+
+    pictures = [torch.rand(8, 8, 3) for _ in range(4)]
+    for draw in (
+        lambda each: sheet.contact_sheet(pictures, ["a"], 64, each=each),
+        lambda each: sheet.compare_sheet([[p, p] for p in pictures], ["a"], 64, "none", 1.0, each=each),
+        lambda each: sheet.mask_strip(torch.ones(4, 1, 8, 8), (0, 1, 2, 3), 4, 64, each=each),
+        lambda each: sheet.map_sheet(found("a", steps=4), maps.stretch, each=each),
+    ):
+        with pytest.raises(Cancelled):
+            draw(after(2))
+        assert draw(after(5)) is not None
 
 
 # ---- components and clusters -------------------------------------------------------------------------------------
