@@ -7,7 +7,7 @@ from ..attention_patches.refinement import SPREAD, STANDARDISATIONS, Refinement
 from ..attention_patches.words import read_list
 from ..inversion import host as runs
 from . import schema, sheet
-from .edit import share
+from .edit import check_painted, share
 
 
 class AttuneMaskStrategy(io.ComfyNode):
@@ -57,6 +57,7 @@ class AttuneMaskStrategy(io.ComfyNode):
     @classmethod
     def execute(cls, mask, goal, grow):
         schema.check_choice(goal, GOALS, "The goal", "Attune Mask Strategy")
+        check_painted(mask.any(), "mask", "Attune Mask Strategy", f'what "{goal}" is about')
         runs.say(schema.node_id(cls), GOALS[goal][1])
         return io.NodeOutput(*strategy(mask.float(), goal, grow))
 
@@ -179,7 +180,7 @@ class AttuneRefinedMask(io.ComfyNode):
                 "The LATENT did not come from a sampling in which this refinement found a mask; connect the sampler "
                 "that draws the edit to Attune Refined Mask, and give Attune Mask Refinement an after below 1."
             )
-        strip = sheet.mask_strip(found.masks, found.steps, found.total, height)
+        strip = sheet.mask_strip(found.masks, found.steps, found.total, height, runs.each)
         return io.NodeOutput(runs.to_pixels(found.last(samples.shape[-2:])), strip, ui=ui.PreviewImage(strip, cls=cls))
 
 

@@ -236,7 +236,7 @@ class AttuneAttentionMaps(io.ComfyNode):
             number += sum(i < number for i in which) + (number in which)  # of a learned word, what was learned
         size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
         mask = maps.mask_of(found, number, size, threshold, grow, feather)
-        return io.NodeOutput(sheet.map_sheet(found, maps.stretch), found, mask)
+        return io.NodeOutput(sheet.map_sheet(found, maps.stretch, runs.each), found, mask)
 
 
 class AttuneSelfAttentionView(io.ComfyNode):
@@ -359,7 +359,7 @@ class AttuneSelfAttentionView(io.ComfyNode):
         look(model, conditioning, trajectory, every, receive, before)
         size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
         components, parts, masks = [], [], []
-        for matrix in gathered.average():
+        for matrix in runs.each(gathered.average()):
             components.append(sheet.component_sheet(*self_maps.components(matrix, count, method), gathered.grid))
             labels = self_maps.clusters(matrix, clusters, seed)
             parts.append(sheet.cluster_sheet(labels, clusters, gathered.grid))
@@ -433,8 +433,9 @@ class AttuneCompare(io.ComfyNode):
                     f"{name} holds {len(batch)} pictures where another input holds {rows}; give every input of Attune "
                     "Compare one picture or as many as the others."
                 )
-        lines = [[batch[i if len(batch) > 1 else 0] for batch in given.values()] for i in range(rows)]
-        pictures, apart = sheet.compare_sheet(lines, captions.splitlines(), height, difference, gain)
+        batches = [schema.rgb(batch) for batch in given.values()]
+        lines = [[batch[i if len(batch) > 1 else 0] for batch in batches] for i in range(rows)]
+        pictures, apart = sheet.compare_sheet(lines, captions.splitlines(), height, difference, gain, runs.each)
         return io.NodeOutput(pictures, ExecutionBlocker(None) if apart is None else apart)
 
 
@@ -472,10 +473,11 @@ class AttuneContactSheet(io.ComfyNode):
 
     @classmethod
     def execute(cls, image_1, labels, height, image_2=None, image_3=None, image_4=None, wide=None):
-        pictures = [p for batch in (image_1, image_2, image_3, image_4) if batch is not None for p in batch]
+        pictures = [p for batch in (image_1, image_2, image_3, image_4) if batch is not None for p in schema.rgb(batch)]
         if not pictures:
             raise ValueError("The images are empty batches; connect at least one picture to Attune Contact Sheet.")
-        return io.NodeOutput(sheet.contact_sheet(pictures, labels.splitlines(), height, wide))
+        wide = None if wide is None else schema.rgb(wide)
+        return io.NodeOutput(sheet.contact_sheet(pictures, labels.splitlines(), height, wide, runs.each))
 
 
 NODES = [AttuneAttentionMaps, AttuneSelfAttentionView, AttuneCompare, AttuneContactSheet]
