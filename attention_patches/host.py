@@ -41,6 +41,7 @@ from .controller import Controller
 from .feature_cache import FeatureCache
 from .local_blend import blend
 from .maps import nearest
+from .masks import PIXELS
 from .reference import Spec
 from .refinement import Found
 from .start import adds_noise, off_trajectory
@@ -586,6 +587,7 @@ class _Run:
         self.layers = []
         self.levels = []  # the noise levels that the sampler was given
         self.sigma = self.step = self.steps = None
+        self.size = None  # the picture's (H, W) in pixels
         self.features = {}  # reference name -> layer -> QKV
         self.places = {}  # layer -> its attention grid (h, w), in the order that the UNet runs them
         self.numbers = {}  # layer -> its number among those of its kind
@@ -635,7 +637,8 @@ class _Run:
 
     def place(self, layer, grid):
         kind, *block, depth = layer
-        return Place(kind, tuple(block), depth, grid, self.step, self.steps, self.numbers[layer])
+        number = self.numbers[layer]
+        return Place(kind, tuple(block), depth, grid, self.step, self.steps, number, size=self.size)
 
     def readers(self, place):
         """The controllers and blends that do something at this place."""
@@ -737,6 +740,7 @@ class _Run:
         if self.cache is not None:
             self.sources = {r.name: _fingerprint(r, guider.model_patcher) for r in self.spec.references}
         unet = guider.inner_model.diffusion_model
+        self.size = tuple(PIXELS * side for side in x.shape[2:])
         grids = _grids(unet, *x.shape[2:])
         self.layers = list(grids)
         self.places = {(kind, *block, depth): g for (block, depth), g in grids.items() for kind in ("self", "cross")}

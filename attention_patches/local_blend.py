@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .masks import PIXELS, fitted
 from .values import first_step
 from .watch import Watch, WatchedWords
 
@@ -55,12 +56,13 @@ class LocalBlend:
         return () if self.mask is None else (("mask of Attune Local Blend", self.mask),)
 
     def weight(self, maps, size):
-        """How much of the edit stays, (B or 1, 1, H, W) in 0..1 at ``size`` (H, W); ``maps`` (4, B, h, w) as
+        """How much of the edit stays, (B or 1, 1, H, W) in 0..1 at a latent's ``size`` (H, W); ``maps`` (4, B, h, w) as
         :meth:`WatchedWords.read` stacks them, summed over layers and steps, or None without words.
         """
         parts = []
         if self.mask is not None:
-            parts.append(F.adaptive_avg_pool2d(self.mask[:, None].float(), size))
+            mask = fitted(self.mask, [PIXELS * side for side in size])
+            parts.append(F.adaptive_avg_pool2d(mask[:, None].float(), size))
         if maps is not None:
             maps = maps[:, :, None]
             # Without words to keep it in, the edit may be wherever the others do not keep it out.

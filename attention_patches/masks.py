@@ -14,8 +14,29 @@ from torch.nn import functional as F
 
 from .values import QKV
 
+PIXELS = 8  # of a picture to a latent's one, each way, in every Stable Diffusion
 FEW = 256  # tokens
 HALF = 0.5  # a soft mask's token counts as the object's from here on
+
+
+def fitted(mask, size):
+    """A mask (..., H, W) of the picture that a VAE cut to ``size`` (H, W) in pixels, cut to it likewise; or one of what
+    a VAE cuts from a picture of ``size``, with nothing around it. A mask of any other size comes back as it is.
+
+    VAEs cut a picture about its middle to multiples of 8, so such a mask lies exactly, where scaling would shift it.
+    """
+    ours, theirs = tuple(mask.shape[-2:]), tuple(size)
+    if ours == theirs or theirs != _cut(ours) and ours != _cut(theirs):
+        return mask
+    # A padding below 0 takes away.
+    spare = [want - have for have, want in zip(ours, theirs, strict=True)]
+    before = [int(s / 2) for s in spare]  # towards 0, as a VAE leaves the odd one at the end
+    (top, left), (bottom, right) = before, [s - b for s, b in zip(spare, before, strict=True)]
+    return F.pad(mask, [left, right, top, bottom])
+
+
+def _cut(size):
+    return tuple(side // PIXELS * PIXELS for side in size)
 
 
 def touched(mask, grid):
@@ -33,9 +54,11 @@ class Mask:
 
     def on(self, place):
         """Its values on the tokens of a :class:`Place`, (1, N) for all rows or (R, N) for each."""
-        if place.grid not in self._grids:
-            self._grids[place.grid] = touched(self.pixels, place.grid)
-        found = self._grids[place.grid]
+        key = place.size, place.grid
+        if key not in self._grids:
+            pixels = self.pixels if place.size is None else fitted(self.pixels, place.size)
+            self._grids[key] = touched(pixels, place.grid)
+        found = self._grids[key]
         return found if len(found) == 1 else found[list(place.pictures)]
 
     @functools.cached_property

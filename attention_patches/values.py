@@ -55,6 +55,7 @@ class Place:
     layer's number inside it; ``grid`` the picture's tokens (h, w); ``step`` the current one of ``steps``; ``number``
     counts the layers of this kind from 0 in the order that the UNet runs them. Of the rows that are asked about,
     ``pictures`` says which picture of the batch each draws, and ``negative`` whether they are guidance's other half.
+    ``size`` is the whole picture's (H, W) in pixels, None where there is none.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Place:
     number: int = 0
     pictures: tuple = (0,)
     negative: bool = False
+    size: tuple | None = None
 
     @property
     def tokens(self):

@@ -434,6 +434,13 @@ def unfinished_path(key):
     return Path(folder_paths.get_temp_directory(), "attune", f"{key}.safetensors")
 
 
+def each(items):
+    """Gives ``items`` one by one, and ends with the host's interrupt where the user has pressed Cancel."""
+    for item in items:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield item
+
+
 def say(node_id, text):
     """Shows ``text`` on a node while it works; nothing where there is no server or no node."""
     if node_id is not None and "server" in sys.modules:

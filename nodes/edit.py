@@ -127,6 +127,16 @@ def warn(node_id, text):
     runs.say(node_id, text)
 
 
+def check_painted(painted, name, node, where):
+    """Raises ValueError unless the mask ``name`` of a node is ``painted`` white somewhere, as Load Image's is not where
+    its picture has no alpha; ``where`` says what is to be painted."""
+    if not painted:
+        raise ValueError(
+            f"The {name} of {node} is black, so it marks no place; paint white {where} (right-click Load Image > "
+            "Open in MaskEditor)."
+        )
+
+
 def warn_of_another_caption(trajectory, prompt, node_id):
     """Tells the user where a trajectory was made under another caption than the edit's source prompt."""
     made_under = trajectory.header.get("prompt")
@@ -493,6 +503,8 @@ class AttuneLocalBlend(io.ComfyNode):
                 "Neither words nor a mask say where the picture may change; fill in inside on Attune Local Blend, or "
                 "connect a mask to it."
             )
+        if mask is not None:
+            check_painted(mask.any(), "mask", "Attune Local Blend", "where the picture may change")
         one = LocalBlend(
             prompt=target_prompt,
             tokens=target.length,

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..attention_patches import host
 from ..attention_patches import masked_fusion as fusion
+from ..attention_patches.masks import fitted
 from ..attention_patches.reference import Reference
 from ..attention_patches.sketch import outlines
 from ..attention_patches.values import Window
@@ -17,7 +18,7 @@ from ..inversion import turns as history
 from ..inversion.file import fingerprint
 from ..inversion.trajectory import Trajectory, check_same_model, check_whole, negative_of
 from . import schema
-from .edit import share, warn, warn_of_early_layer
+from .edit import check_painted, share, warn, warn_of_early_layer
 
 NOISES = [fusion.GAUSSIAN, fusion.MIXED, fusion.INVERTED]
 BOTH, POSITIVE = "both", "positive only"
@@ -96,12 +97,15 @@ def region_of(mask, trajectory, node):
             f"The mask holds {len(mask)} masks, but the TRAJECTORY holds {trajectory.latents.shape[1]} pictures; "
             f"connect one mask to {node}, or one for each picture."
         )
-    region = fusion.region(mask, tuple(trajectory.latents.shape[-2:]))
-    if not region.flatten(1).any(1).all():
-        raise ValueError(
-            f"The mask of {node} is black, so nothing could change; paint white where the picture may change."
-        )
+    size = tuple(trajectory.latents.shape[-2:])
+    region = fusion.region(fitted(mask, picture_size(trajectory)), size)
+    check_painted(region.flatten(1).any(1).all(), "mask", node, "where the picture may change")
     return region
+
+
+def picture_size(trajectory):
+    """The (H, W) in pixels of the pictures of a trajectory."""
+    return tuple(runs.PIXELS * side for side in trajectory.latents.shape[-2:])
 
 
 def in_parts(region, outside, inside):
@@ -247,6 +251,8 @@ class AttuneIntermediate(io.ComfyNode):
         host.check_control(model, control_net, name)
         check_same_model(trajectory, runs.describe_model(model))
         region, source = region_of(mask, trajectory, name), source_text(trajectory, source, name)
+        # The host would take alpha for a colour.
+        hint = fitted(schema.rgb(hint).movedim(-1, 1), picture_size(trajectory)).movedim(1, -1)
         if float(hint.mean()) > 0.5:
             runs.say(schema.node_id(cls), "The hint is mostly bright; a sketch adapter reads white lines on black.")
         led, unled = host.apply_control(
@@ -459,7 +465,9 @@ class AttuneSketch(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, threshold, smooth, width, erase=None, draw=None):
-        lines = outlines(image, threshold, smooth, width)
+        # Picture by picture, since nothing hears Cancel inside.
+        pictures = runs.each(schema.rgb(image).split(1))
+        lines = torch.cat([outlines(one, threshold, smooth, width) for one in pictures])
         if erase is not None:
             lines = lines * (1 - marked(erase, lines, "erase"))
         if draw is not None:
@@ -485,7 +493,8 @@ def marked(mask, lines, name):
             f"{name} holds {len(mask)} masks, but the image holds {len(lines)} pictures; connect one mask to Attune "
             "Sketch, or one for each picture."
         )
-    return fusion.region(mask, tuple(lines.shape[1:])).to(lines)
+    size = tuple(lines.shape[1:])
+    return fusion.region(fitted(mask, size), size).to(lines)
 
 
 class AttuneNextTurn(io.ComfyNode):
@@ -544,14 +553,15 @@ class AttuneNextTurn(io.ComfyNode):
             prompt or edited.header.get("prompt"),
         )  # fmt: skip
         finished = runs.decode(vae, source, source.latents[-1])
-        touched = fusion.region(mask, tuple(finished.shape[1:3]))
+        size = tuple(finished.shape[1:3])
+        touched = fusion.region(fitted(mask, size), size)
         if turns is not None and turns.touched.shape[1:] != touched.shape[1:]:
             (height, width), (h, w) = touched.shape[1:], turns.touched.shape[1:]
             raise ValueError(
                 f"The picture is {width}x{height}, but the turns are of one of {w}x{h}; connect to Attune Next Turn "
                 "the turns and the trajectories of one picture."
             )
-        first = report.fit(image, finished, name)
+        first = report.fit(schema.rgb(image), finished, name)
         seed = edited.header.get("seed") if seed is None else seed
         turn = history.Turn(source.header["prompt"], seed, float(touched.mean()))
         turns = history.Turns((turn,), touched) if turns is None else turns.then(turn, touched)

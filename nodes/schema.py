@@ -22,6 +22,12 @@ def folded(schema, *inputs):
     return schema
 
 
+def rgb(image):
+    """An IMAGE (B, H, W, 1 to 4) as red, green and blue (B, H, W, 3): gray becomes all three, and an alpha channel, the
+    second or the fourth, is dropped as VAE Encode drops it."""
+    return image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
+
+
 def node_id(cls):
     """The running node's number in its graph, or None outside one."""
     return getattr(cls.hidden, "unique_id", None)

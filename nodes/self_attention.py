@@ -10,7 +10,7 @@ from ..attention_patches import host
 from ..attention_patches.context_preserving import ContextPreserving
 from ..attention_patches.controller import NULL
 from ..attention_patches.free_prompt_editing import FreePromptEditing
-from ..attention_patches.masks import Mask
+from ..attention_patches.masks import HALF, Mask
 from ..attention_patches.mutual_self_attention import MutualSelfAttention
 from ..attention_patches.reference import Reference
 from ..attention_patches.region_prompts import RegionPrompts
@@ -20,7 +20,17 @@ from ..attention_patches.words import read_list
 from ..inversion import host as runs
 from ..inversion.trajectory import check_same_model, one_text
 from . import schema
-from .edit import edit_outputs, share, source_inputs, source_of, text_of, warn, warn_of_early_layer, warn_of_no_layer
+from .edit import (
+    check_painted,
+    edit_outputs,
+    share,
+    source_inputs,
+    source_of,
+    text_of,
+    warn,
+    warn_of_early_layer,
+    warn_of_no_layer,
+)
 
 TARGET = "a blue circle on a gray background"
 EVERY, ONCE = "every step and layer", "once for all steps"
@@ -238,7 +248,17 @@ class AttuneMutualSelfAttention(io.ComfyNode):
                 f'The object "{source_words}" is known in the source but not in the new picture; fill in target_words '
                 "on Attune Mutual Self-Attention, or connect a target_mask to it."
             )
+        if source_mask is not None:
+            check_painted(
+                (source_mask >= HALF).any(), "source_mask", "Attune Mutual Self-Attention", "where the object lies"
+            )
         source_mask = None if source_mask is None else Mask(source_mask)
+        if target_mask is not None and not target_mask.any():
+            warn(
+                schema.node_id(cls),
+                "target_mask is black, so the object is drawn nowhere; paint white where it goes (right-click Load "
+                "Image > Open in MaskEditor).",
+            )
         # Words find what no mask says; a source mask alone is where the object stays.
         target_mask = Mask(target_mask) if target_mask is not None else None if goes else source_mask
         lies, goes = (() if source_mask else lies), (() if target_mask else goes)
@@ -375,6 +395,15 @@ class AttuneContextPreserving(io.ComfyNode):
         host.check_layers(model, [object_layer], "object_layer", "Attune Context Preserving")
         if keep_object:
             warn_of_early_layer(model, object_layer, "object_layer", schema.node_id(cls))
+        # Beside a target mask of its own it may be black: then an object is added where none lies.
+        if target_mask is None:
+            check_painted(
+                source_mask.any(), "source_mask", "Attune Context Preserving", "where the picture may change"
+            )
+        elif keep_object and source_keys == BY_SOURCE:
+            check_painted(
+                (source_mask >= HALF).any(), "source_mask", "Attune Context Preserving", "on the object that is kept"
+            )
         read = host.read_words(clip, target_prompt)
         source = Mask(source_mask)
         target = source if target_mask is None else Mask(target_mask)
@@ -464,6 +493,12 @@ class AttuneRegionPrompts(io.ComfyNode):
                 )
             if mask is not None and mask.any():
                 regions.append((text, Mask(mask)))
+            elif mask is not None:
+                warn(
+                    schema.node_id(cls),
+                    f"mask_{i} is black, so prompt_{i} is read nowhere; paint white where it shall be (right-click "
+                    "Load Image > Open in MaskEditor).",
+                )
         if not regions:
             return io.NodeOutput(model.clone(), host.encode(clip, prompt))
         texts = [one_text(host.encode(clip, text), "prompt") for text in (prompt, *(text for text, _ in regions))]

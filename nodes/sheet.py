@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 INKS = ((250, 204, 21), (96, 165, 250), (244, 114, 182), (74, 222, 128))  # of curves
 GAP, PAPER, INK, FAINT = 8, (24, 24, 27), (228, 228, 231), (161, 161, 170)
-LETTERS = Path(__file__).parent / "fonts" / "wqy-microhei.ttc"  # Latin, Greek, Cyrillic, Chinese, Japanese, Korean
+LETTERS = Path(__file__).parent / "fonts" / "wqy-microhei.ttf"  # Latin, Greek, Cyrillic, Chinese, Japanese, Korean
 SMALL, WIDTH = 12, 1100  # pixels: the smallest lettering, and how wide a sheet of many tiles gets
 MOST = 600  # maps on one sheet
 LEARNING_LOSSES = ("balance", "disjoint", "background", "null-text")  # those with thresholds first

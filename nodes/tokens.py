@@ -126,7 +126,7 @@ class AttuneBackgroundMask(io.ComfyNode):
         size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
         outside, objects, sheets, said = [], [], [], []
         seen = words.level(cross_tokens).transpose(0, 1)
-        for matrix, maps_ in zip(parts.average(), seen, strict=True):
+        for matrix, maps_ in zip(runs.each(parts.average()), seen, strict=True):
             labels = self_maps.clusters(matrix, clusters, seed)
             scores = find_background.agreement(maps_, labels, parts.grid, clusters)
             owners, unusual = find_background.owners(scores, threshold)
@@ -413,7 +413,7 @@ def _outside(background, noun_masks, words, pictures, grid, size):
                 f"The {name} of Attune Dynamic Prompt measure {width}x{height}, but the TRAJECTORY's picture "
                 f"{size[1]}x{size[0]}; connect masks of that picture's proportions."
             )
-    given = (None if mask is None else masks.touched(mask, grid) for mask in (background, noun_masks))
+    given = (None if m is None else masks.touched(masks.fitted(m, size), grid) for m in (background, noun_masks))
     return find_background.forbidden(*given, words, pictures)
 
 

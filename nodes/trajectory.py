@@ -240,7 +240,7 @@ class AttuneInversionReport(io.ComfyNode):
         for name, scale in (("guidance 1", 1.0), (f"guidance {guidance:g}", guidance)):
             path = host.draw_again(model, trajectory, negative, scale)
             rows.append(report.Row(name, host.decode(vae, trajectory, path[-1]), report.drift_of(path, trajectory)))
-        true = report.fit(image, pinned.pictures)
+        true = report.fit(schema.rgb(image), pinned.pictures)
         ceiling = report.Row("VAE alone", vae.decode(vae.encode(true)))
         table = report.table(ceiling, (*rows, pinned), true)
         verdict = report.verdict(ceiling, *rows, guidance, learned, true)

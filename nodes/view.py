@@ -358,7 +358,7 @@ class AttuneSelfAttentionView(io.ComfyNode):
         look(model, conditioning, trajectory, every, receive, before)
         size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
         components, parts, masks = [], [], []
-        for matrix in gathered.average():
+        for matrix in runs.each(gathered.average()):
             components.append(sheet.component_sheet(*self_maps.components(matrix, count, method), gathered.grid))
             labels = self_maps.clusters(matrix, clusters, seed)
             parts.append(sheet.cluster_sheet(labels, clusters, gathered.grid))

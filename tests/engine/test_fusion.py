@@ -609,7 +609,7 @@ def test_an_intermediate_is_saved_by_no_file(small_led, tmp_path):
 
 def test_masks_that_cannot_be(small, small_led):
     for run in (small.intermediate, lambda mask: small.masked_fusion(small_led.made, mask=mask), small.source_fusion):
-        with refused("black, so nothing could change"):
+        with refused("black, so it marks no place"):
             run(mask=torch.zeros(1, 64, 64))
         with refused("3 masks, but the TRAJECTORY holds 1 pictures"):
             run(mask=SMALL.repeat(3, 1, 1))

@@ -598,7 +598,10 @@ def test_the_report(bench, inverted, image):
     one_sentence(error, "128x64", "connect the image that was inverted")
     # A few pixels more than the VAE takes are cut as it cuts them.
     wide = torch.nn.functional.pad(image.movedim(-1, 1), (2, 3, 1, 2)).movedim(1, -1)
-    outputs(trajectory.AttuneInversionReport, inverted, bench.model, bench.vae, wide, 1.0)
+    cut = outputs(trajectory.AttuneInversionReport, inverted, bench.model, bench.vae, wide, 1.0)
+    # Alpha counts for nothing.
+    alpha = torch.cat([image, torch.rand_like(image[..., :1])], -1)
+    assert outputs(trajectory.AttuneInversionReport, inverted, bench.model, bench.vae, alpha, 1.0)[1] == cut[1]
 
 
 # ---- files -------------------------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@ import functools
 import re
 from dataclasses import replace
 
+import comfy.model_management
 import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
+from comfy.model_management import InterruptProcessingException
 from comfy_execution.graph_utils import ExecutionBlocker
 
 import nodes as stock
@@ -269,6 +271,49 @@ def test_compare_batches(seen):
     assert pictures.shape[1] > 2 * 128
     assert compare(two, two, seen.image, kind=sheet.EACH_TO_FIRST)[1].shape[0] == 4
     assert isinstance(compare(two, seen.image, kind=sheet.NO_DIFFERENCE)[1], ExecutionBlocker)
+
+
+def test_pictures_of_one_channel_or_with_alpha_are_shown_as_they_look(seen):
+    """Gray is all three colours, and alpha is dropped, as VAE Encode drops it."""
+    image, gray = seen.image, seen.image[..., :1]
+    alpha = torch.rand(*gray.shape, generator=torch.Generator().manual_seed(0))
+    pairs = ((torch.cat([image, alpha], -1), image), (gray, gray.expand_as(image)))
+    pairs += ((torch.cat([gray, alpha], -1), gray.expand_as(image)),)
+    for given, same in pairs:
+        for one, other in zip(compare(given, image, given), compare(same, image, same), strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(compare(image, given), compare(image, same), strict=True):
+            assert torch.equal(one, other)
+        shown, wanted = (
+            outputs(view.AttuneContactSheet, p, "one\ntwo", 128, image_2=image, wide=p)[0] for p in (given, same)
+        )
+        assert torch.equal(shown, wanted)
+
+
+def test_a_sheet_of_many_pictures_hears_cancel(seen, server_progress):
+    comfy.model_management.interrupt_current_processing()
+    try:
+        with pytest.raises(InterruptProcessingException):
+            outputs(view.AttuneContactSheet, seen.image.expand(3, -1, -1, -1), "one", 128)
+        comfy.model_management.interrupt_current_processing()
+        with pytest.raises(InterruptProcessingException):
+            compare(seen.image, seen.image)
+    finally:
+        comfy.model_management.interrupt_current_processing(False)
+    assert outputs(view.AttuneContactSheet, seen.image, "one", 128)[0].isfinite().all()
+
+
+def test_labels_in_any_script_differ_where_they_are_read(seen):
+    """Under pictures, and under the maps of a prompt's words."""
+
+    def labelled(text):
+        return outputs(view.AttuneContactSheet, seen.image, text, 128)[0]
+
+    for one, other in (("\u539f\u56fe", "\u7f16\u8f91"), ("caf\u00e9", "caf\u00e8"), ("\U0001f34e", "\U0001f34c")):
+        assert not torch.equal(labelled(one), labelled(other))
+    words = ["\u82f9\u679c", "\u9999\u8549"]
+    sheets = [seen.maps(every=20, prompt=f"a {word} circle", words=word)[0] for word in words]
+    assert not torch.equal(*(s[:, -24:] for s in sheets))  # the line below the map
 
 
 def test_compare_says_what_does_not_fit(seen):

@@ -16,6 +16,7 @@ REPLACE, MASKED = ("Attune - Replace an object", "object replaced"), ("Attune - 
 LAYOUT = "Attune - Free prompt editing", "free prompt editing"
 REFINED = "Attune - Refine a mask while sampling", "mask refined"
 BY_REGION = "Attune - Prompts by region", "prompts by region"
+BLENDED, BLEND = ("Attune - Local blend", "with local blend"), "AttuneLocalBlend"
 STEPS = 8
 
 
@@ -98,7 +99,29 @@ def words_alone(prompt):
     change(MUTUAL, source_words="circle")(prompt)
 
 
+def unpainted(kind, name):
+    """What Load Image gives for a picture that nothing was painted on."""
+
+    def spoil(prompt):
+        load = {"class_type": "LoadImage", "inputs": {"image": "example.png"}, "_meta": {"title": "unpainted"}}
+        prompt["900"] = load
+        inputs(prompt, kind)[name] = ["900", 1]
+
+    return spoil
+
+
+def nothing_painted(prompt):
+    drop(KEEP, "target_mask")(prompt)
+    unpainted(KEEP, "source_mask")(prompt)
+
+
 CASES = {
+    "a strategy of nothing": (REPLACE, unpainted(STRATEGY, "mask"), STRATEGY, "of Attune Mask Strategy is black, so"),
+    "an object that is nowhere": (
+        MASKED, unpainted(MUTUAL, "source_mask"), MUTUAL, "source_mask of Attune Mutual Self-Attention is black, so it"
+    ),
+    "nothing that may change": (REPLACE, nothing_painted, KEEP, "(right-click Load Image > Open in MaskEditor)"),
+    "a blend in nothing": (BLENDED, unpainted(BLEND, "mask"), BLEND, "The mask of Attune Local Blend is black, so it"),
     "two masks for one picture": (
         REPLACE, two_masks, SAMPLER, "source_mask of Attune Context Preserving holds 2 masks, but the sampler"
     ),

@@ -1,6 +1,7 @@
 """Masks on grids, attention in parts, refinement, and what goals make of a mask."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from attune.attention_patches.maps import grown
 from attune.attention_patches.mask_strategy import GOALS, strategy
-from attune.attention_patches.masks import Mask, Part, attend_parts, touched
+from attune.attention_patches.masks import Mask, Part, attend_parts, fitted, touched
 from attune.attention_patches.refinement import SPREAD, STRETCHED, Found, MaskLog, Refinement, standardised
 from attune.attention_patches.region_prompts import RegionPrompts
 from attune.attention_patches.values import QKV, Place, apply_map, attention_map
@@ -46,6 +47,38 @@ def test_a_token_takes_the_greatest_value_that_it_overlaps(height, width, rows, 
             ]
             assert float(found[row, column]) == max(inside)
 
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(8, 40), st.integers(8, 40))
+def test_a_mask_of_a_picture_that_was_cut_is_cut_about_its_middle(height, width):
+    """To multiples of 8, with the odd pixel off the end; and what was cut is put back where it was."""
+    whole = torch.arange(1.0, height * width + 1).view(1, height, width)
+    size = height // 8 * 8, width // 8 * 8
+    top, left = height % 8 // 2, width % 8 // 2
+    middle = whole[:, top : top + size[0], left : left + size[1]]
+    assert torch.equal(fitted(whole, size), middle)
+    around = fitted(middle, (height, width))
+    assert torch.equal(around[:, top : top + size[0], left : left + size[1]], middle)
+    assert around.sum() == middle.sum() and around.shape == whole.shape
+
+
+@pytest.mark.parametrize("size", [(64, 64), (72, 64), (80, 80), (128, 128)], ids=str)
+def test_a_mask_of_another_picture_is_left_to_be_scaled(size):
+    mask = torch.rand(2, 73, 64)  # of one that a VAE cuts to 72x64
+    assert (fitted(mask, size) is mask) == (size != (72, 64))
+
+
+def test_a_mask_is_cut_where_the_pictures_size_is_known():
+    """On every grid by itself, however often it is asked."""
+    mask = torch.zeros(1, 71, 71)
+    mask[:, :, 3 + 32 : 3 + 40] = 1
+    asked, cut = Mask(mask), Mask(mask[:, 3:67, 3:67])
+    for grid in ((8, 8), (4, 4), (8, 8)):
+        here, there = replace(place(grid), size=(64, 64)), replace(place(grid), size=(128, 128))
+        assert torch.equal(asked.on(here), cut.on(place(grid)))
+        assert torch.equal(asked.on(there), touched(mask, grid))
+        assert torch.equal(asked.on(place(grid)), touched(mask, grid))
+        assert asked.on(here).sum() < asked.on(there).sum()
 
 @pytest.mark.parametrize("grid", [(64, 64), (16, 16), (8, 8), (8, 12), (2, 2)], ids=str)
 def test_a_thin_mask_is_there_at_every_level(grid):

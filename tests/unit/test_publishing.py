@@ -69,6 +69,15 @@ def test_what_is_shown_and_loaded_is_in_the_archive(archive):
     assert len(weights) == 2 and {Path(path).name for path in weights} <= loaded
 
 
+def test_the_font_is_in_the_archive_with_its_licence(archive):
+    fonts = {path for path in archive if path.endswith((".ttf", ".ttc", ".otf", ".woff2"))}
+    loaded = {node.value for node in syntax("nodes/sheet.py") if isinstance(node, ast.Constant)}
+    assert fonts and {Path(path).name for path in fonts} <= loaded
+    for path in fonts:
+        licence = Path(path).with_name("LICENSE.txt").as_posix()
+        assert licence in archive and Path(path).name in (ROOT / licence).read_text(encoding="utf-8")
+
+
 def test_nothing_of_the_workshop_is_in_the_archive(archive):
     known = {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "__init__.py", "attention_patches", "demo"}
     known |= {"inversion", "locales", "messages.py", "nodes", "subgraphs", "web", "workflows"}

@@ -1,9 +1,13 @@
 """Outlines of pictures whose edges are known."""
 
+import time
+
 import pytest
 import torch
+from kornia.filters import canny
+from torch.nn import functional as F
 
-from attune.attention_patches.sketch import outlines
+from attune.attention_patches.sketch import connected, outlines
 
 
 def halves(left, right, height=32, width=48, at=20):
@@ -84,3 +88,42 @@ def test_half_precision_and_alpha():
     alpha = torch.zeros(1, 32, 48, 1)
     alpha[:, 10:] = 1  # an edge that is no colour's
     assert torch.equal(outlines(torch.cat([picture, alpha], -1), 0.3, 1.0, 2), lines)
+
+
+# ---- hysteresis --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (17, 33), (48, 48)], ids=str)
+@pytest.mark.parametrize("smooth", [0.5, 2.0])
+def test_weak_edges_stay_where_kornia_keeps_them(size, smooth):
+    """Noise at several scales, so that chains of weak edges of all lengths hang on strong ones or on none."""
+    generator = torch.Generator().manual_seed(0)
+    grids = [[-(-side // n) for side in size] for n in (1, 4, 9)]
+    pictures = sum(F.interpolate(torch.rand(4, 1, *grid, generator=generator), size) for grid in grids)
+    kernel = (3, 3) if min(size) > 2 else (1, 1)
+    settings = pictures, 0.3, 1.1, kernel, (smooth, smooth)
+    apart, whole = (canny(*settings, hysteresis=on)[1][:, 0] for on in (False, True))
+    assert torch.equal(connected(apart), whole)
+    assert set(apart.unique().tolist()) <= {0.0, 0.5, 1.0} and (min(size) < 9 or (apart == 0.5).any())
+
+
+def test_a_chain_is_kept_from_its_strong_end_and_stays_in_its_picture():
+    edges = torch.zeros(3, 4, 6)
+    edges[0] = torch.tensor([[0.5, 0, 0, 0, 0, 0.5], [0, 0.5, 0, 0.5, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0.5, 0]])
+    edges[1, 2, 2] = 0.5  # below the strong one of the picture before
+    edges[2] = 0.5  # a whole field of weak ones
+    kept = connected(edges)
+    assert kept.dtype == torch.float32 and not kept[1:].any()
+    assert kept[0].nonzero().tolist() == [[0, 0], [1, 1], [1, 3], [2, 2]]  # diagonals hang together
+
+
+def test_a_long_chain_takes_no_longer_than_a_short_one():
+    """A line that winds through the whole picture, strong at one end: 700000 pixels one after the other."""
+    edges = torch.zeros(1, 1200, 1200)
+    edges[:, ::2] = 0.5
+    edges[:, 1::4, -1] = edges[:, 3::4, 0] = 0.5
+    edges[0, 0, 0] = 1
+    start = time.process_time()
+    kept = connected(edges)
+    assert time.process_time() - start < 5
+    assert torch.equal(kept, (edges > 0).float())
