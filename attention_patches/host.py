@@ -515,7 +515,7 @@ def _pictures(shape, whole, window):
 def _in_pieces(shape, whole):
     """The sentence for a call of the UNet with a part of the image, or of the batch, that cannot be told."""
     (count, _, h, w), (pictures, _, height, width) = shape, whole
-    what = f"{width * 8}x{height * 8} image in pieces of {w * 8}x{h * 8} pixels"
+    what = f"{PIXELS * width}x{PIXELS * height} image in pieces of {PIXELS * w}x{PIXELS * h} pixels"
     if (h, w) == (height, width):
         what = f"batch of {pictures} images in parts of {count}"
     return (
@@ -587,7 +587,6 @@ class _Run:
         self.layers = []
         self.levels = []  # the noise levels that the sampler was given
         self.sigma = self.step = self.steps = None
-        self.size = None  # the picture's (H, W) in pixels
         self.features = {}  # reference name -> layer -> QKV
         self.places = {}  # layer -> its attention grid (h, w), in the order that the UNet runs them
         self.numbers = {}  # layer -> its number among those of its kind
@@ -638,7 +637,8 @@ class _Run:
     def place(self, layer, grid):
         kind, *block, depth = layer
         number = self.numbers[layer]
-        return Place(kind, tuple(block), depth, grid, self.step, self.steps, number, size=self.size)
+        size = tuple(PIXELS * side for side in self.shape[2:])
+        return Place(kind, tuple(block), depth, grid, self.step, self.steps, number, size=size)
 
     def readers(self, place):
         """The controllers and blends that do something at this place."""
@@ -740,7 +740,6 @@ class _Run:
         if self.cache is not None:
             self.sources = {r.name: _fingerprint(r, guider.model_patcher) for r in self.spec.references}
         unet = guider.inner_model.diffusion_model
-        self.size = tuple(PIXELS * side for side in x.shape[2:])
         grids = _grids(unet, *x.shape[2:])
         self.layers = list(grids)
         self.places = {(kind, *block, depth): g for (block, depth), g in grids.items() for kind in ("self", "cross")}
