@@ -3,9 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from attune.benchmark import cost, editing
+from attune.attention_patches import host
+from attune.attention_patches.words import read_list
+from attune.benchmark import cost, editing, prompts
+from attune.benchmark.datasets import Sample
 from attune.demo import scenes
+from attune.nodes.edit import AttunePromptRefine, AttunePromptSwap
+
+from .bench import STEPS, outputs
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +123,57 @@ def test_tables():
     found = {"colour": {"edit": {"success %": 50.0, "dB": 20.0}, "plain": {"success %": 0.0, "dB": 10.0}}}
     lines = editing.table(found, "edit").splitlines()
     assert lines[0] == "| edit | method | success % | dB |" and lines[3] == "| colour | plain | 0.0 | 10.0 |"
+
+
+# ---- captions of data sets ---------------------------------------------------------------------------------------
+
+
+def sample(source, target="", words=()):
+    return Sample(key="one", kind="text", source=source, target=target or source, picture=None, words=words)
+
+
+@pytest.mark.parametrize("caption", [
+    "a photo of a (red) car", "a poster (1990s: 3) on a wall", "a smiley :-) and a cat", "a (very (old)) car (",
+    "a path C:\\(x) and \\ a \\\\(y)", "a sign \\(open\\)", "a caf\u00e9, a cafe\u0301's T-shirt, 10 \u732b",
+    "a " * 90 + "(cat)",
+])  # fmt: skip
+def test_a_caption_is_read_by_the_host_as_it_stands(bench, caption):
+    as_it_stands(bench, caption)
+
+
+@given(st.text("ab (:1)\\", min_size=1, max_size=30))
+def test_every_caption_is_read_by_the_host_as_it_stands(bench, caption):
+    as_it_stands(bench, caption)
+
+
+def as_it_stands(bench, caption):
+    given = prompts.value_of("$source", sample(caption), prompts.Setup())
+    chunks = bench.clip.tokenize(given)["l"]
+    assert {weight for chunk in chunks for _, weight in chunk} == {1.0}
+    theirs, ours = host.read_words(bench.clip, given), prompts.words_of(caption)
+    assert [w.keys for w in theirs.words] == [w.keys for w in ours.words]
+    whole = bench.clip.tokenizer.clip_l.tokenizer(caption)["input_ids"][1:-1]
+    assert len(theirs.keys) == len(whole)
+
+
+def test_words_with_brackets_are_found_in_their_caption(bench):
+    one = sample("a (red) car on a (wet: 2) road", words=(("(red)", ""), ("(wet: 2)", ""), ("road", "")))
+    given = {name: prompts.value_of(name, one, prompts.Setup()) for name in ("$source", "$words", "$braced")}
+    read = host.read_words(bench.clip, given["$source"])
+    nouns = [at for _, at in host.read_nouns(bench.clip, given["$braced"])[1]]
+    assert nouns == [(2, 3, 4), (8, 9, 10, 11, 12), (13,)]
+    assert list(read.positions(read_list(given["$words"]))) == [p for at in nouns for p in at]
+
+
+@pytest.mark.parametrize("source, target", [
+    ("a woman in a t-shirt", "a woman in a sweater"), ("a dog's bowl", "a cats bowl"), ("2 cats", "10 dogs"),
+    ("a red door.", "a red door"), ("a cat, sitting", "a dog sitting"), ("a (red) cake", "a (round) cake"),
+    ("a red circle on a gray wall", "a circle on a dark gray wall"), ("a star " * 50, "a heart " * 50),
+])  # fmt: skip
+def test_every_pair_of_captions_runs_in_the_node_that_is_chosen_for_it(bench, caplog, source, target):
+    one = sample(source, target)
+    values = [prompts.value_of(name, one, prompts.Setup()) for name in ("$source", "$target")]
+    nodes = {"AttunePromptSwap": AttunePromptSwap, "AttunePromptRefine": AttunePromptRefine}
+    node = nodes[prompts.value_of("$exchange", one, prompts.Setup(steps=STEPS))]
+    outputs(node, bench.model, bench.clip, bench.trajectory, *values, 0.0, 0.8, 0.0, 0.4, 1024)
+    assert "stand at other places" not in caplog.text

@@ -89,8 +89,8 @@ def test_a_swap_that_shifts_words_says_so_on_its_node(server):
     prompt = word_swap()
     node = workflow.find(prompt, SWAP)
     told = []
-    for target in ("a yellow circle and a", "a circle and a big"):
-        prompt[node]["inputs"]["target_prompt"] = f"{target} blue square on a gray background"
+    for target in ("a yellow circle and a striped blue", "a circle and a big striped blue"):
+        prompt[node]["inputs"]["target_prompt"] = f"{target} square on a gray background"
         server.run(prompt, on_text=lambda where, text: told.append((where, text)))
         assert len(told) == ("big" in target)
     assert told[0][0] == node and 'so the swap puts "circle" where "red" was, ' in told[0][1]

@@ -116,21 +116,20 @@ def test_a_saved_trajectory_is_listed_and_read_again_only_when_it_changed(server
     assert "1" in workflow.was_cached(server.run(loading(names[0])))
 
 
-PLAIN = {"class_type": "PrimitiveString", "inputs": {"value": workflow.SOURCE}}
-
-
 @pytest.mark.parametrize("kind, inputs, caption", [
-    ("PrimitiveStringMultiline", {"value": ["plain", 0]}, workflow.SOURCE),
+    ("PrimitiveStringMultiline", {"value": "plain"}, workflow.SOURCE),
     ("StringReplace", {"string": workflow.SOURCE, "find": "red", "replace": "green"}, ""),
     ("RegexReplace", {"string": workflow.SOURCE, "regex_pattern": "red", "replace": "green"}, ""),
-    ("StringTrim", {"string": ["plain", 0], "mode": "Both"}, ""),
+    ("StringTrim", {"string": "plain", "mode": "Both"}, ""),
     ("CaseConverter", {"string": workflow.SOURCE, "mode": "UPPERCASE"}, ""),
 ])  # fmt: skip
 def test_a_caption_is_recorded_only_where_the_graph_says_it(server, kind, inputs, caption):
     """Behind a node that works on the text it is not known, and a wrong one is worse than none."""
-    prompt = keeping(2) | {"plain": PLAIN, "text": {"class_type": kind, "inputs": inputs}}
+    prompt = keeping(2)
     encoder = prompt[workflow.find(prompt, "AttuneDDIMInversion")]["inputs"]["conditioning"][0]
-    prompt[encoder]["inputs"]["text"] = ["text", 0]
+    plain = workflow.add(prompt, "PrimitiveString", value=workflow.SOURCE)
+    inputs = {name: plain if value == "plain" else value for name, value in inputs.items()}
+    prompt[encoder]["inputs"]["text"] = workflow.add(prompt, kind, **inputs)
     (name,) = server.run(prompt)["outputs"][workflow.find(prompt, "file")]["text"]
     assert server.run(loading(name))["outputs"]["2"]["text"] == [caption]
 
