@@ -9,12 +9,16 @@ GAP = " ... "
 
 def legible(text):
     """``text`` as it may leave the pack: what UTF-8 cannot hold, such as half an emoji or a stray byte of a file name,
-    written as its escape, and the middle of what is too long left out.
+    and line ends in what is quoted, written as their escapes, and the middle of what is too long left out.
 
     ComfyUI's log takes UTF-8 alone, and the thread that runs prompts ends for good at a letter that it cannot hold.
     """
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return _cut(re.sub(r'"([^"]*)"', lambda quote: f'"{_cut(quote[1], QUOTE)}"', text), WHOLE)
+    return _cut(re.sub(r'"([^"]*)"', lambda quote: f'"{_cut(_on_one_line(quote[1]), QUOTE)}"', text), WHOLE)
+
+
+def _on_one_line(text):
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def _cut(text, most):

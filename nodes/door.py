@@ -39,8 +39,10 @@ def _checked(node, execute):
     def checked(cls, *args, **kwargs):
         given = signature.bind(cls, *args, **kwargs)
         name, promised = _promises(node)
-        for key, value in given.arguments.items():
-            if key in promised and not (value is None and promised[key].optional):
+        for key, value in list(given.arguments.items()):
+            if key in promised and value is None and promised[key].optional:
+                del given.arguments[key]  # as if nothing had come
+            elif key in promised:
                 given.arguments[key] = _admitted(value, promised[key], name)
         return execute(*given.args, **given.kwargs)
 
@@ -158,10 +160,15 @@ def _is_latent(value):
 
 
 def _is_conditioning(value):
-    return isinstance(value, list) and all(
-        isinstance(pair, list | tuple) and [type(one) for one in pair[1:]] == [dict] and torch.is_tensor(pair[0])
-        for pair in value
+    pairs = value if isinstance(value, list) else []
+    return bool(pairs) and all(
+        isinstance(pair, list | tuple) and [type(one) for one in pair[1:]] == [dict] and _is_text(pair[0])
+        for pair in pairs
     )
+
+
+def _is_text(value):
+    return torch.is_tensor(value) and value.ndim == 3 and value.numel() and bool(value.isfinite().all())
 
 
 def _are_sigmas(value):
@@ -169,10 +176,11 @@ def _are_sigmas(value):
 
 
 def _image(value):
-    if not torch.is_tensor(value) or value.ndim != 4 or value.shape[3] not in (1, 3, 4) or 0 in value.shape[1:3]:
+    if not torch.is_tensor(value) or value.ndim != 4 or value.shape[3] not in (1, 3, 4):
         raise _Unfit("an IMAGE of (count, height, width, 1, 3 or 4) values")
-    if len(value):
-        _bounds(value, "an IMAGE")
+    if not value.numel():
+        raise _Unfit("an IMAGE of at least one picture")
+    _bounds(value, "an IMAGE")
     return value
 
 
@@ -219,7 +227,7 @@ SOCKETS = {
     "SAMPLER": Socket(_read("a SAMPLER", _can("sample")), "KSamplerSelect"),
     "SIGMAS": Socket(_read("SIGMAS that are finite numbers", _are_sigmas), "a scheduler"),
     "LATENT": Socket(_read("a LATENT of pictures", _is_latent), "VAE Encode or a sampler"),
-    "CONDITIONING": Socket(_read("a CONDITIONING", _is_conditioning), "CLIP Text Encode"),
+    "CONDITIONING": Socket(_read("a CONDITIONING of texts without NaN", _is_conditioning), "CLIP Text Encode"),
     "MASK": Socket(_mask, "a mask"),
     "IMAGE": Socket(_image, "an image"),
     "ATTUNE_TRAJECTORY": Socket(

@@ -552,7 +552,7 @@ class AttuneBlendMask(io.ComfyNode):
     @classmethod
     def execute(cls, trajectory, latent):
         source, edited = runs.host_latent(trajectory, -1), latent["samples"]
-        if source.shape[1:] != edited.shape[1:] or len(source) not in (1, len(edited)):
+        if not len(edited) or source.shape[1:] != edited.shape[1:] or len(source) not in (1, len(edited)):
             raise ValueError(
                 f"The LATENT has shape {tuple(edited.shape)}, but the TRAJECTORY holds {tuple(source.shape)}; connect "
                 "the sampler that drew this TRAJECTORY's edit to Attune Blend Mask."

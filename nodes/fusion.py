@@ -249,6 +249,7 @@ class AttuneIntermediate(io.ComfyNode):
         host.check_layers(model, [layer], "layer", name)
         warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
         host.check_control(model, control_net, name)
+        host.check_texts(model, target, negative)
         check_same_model(trajectory, runs.describe_model(model))
         region, source = region_of(mask, trajectory, name), source_text(trajectory, source, name)
         # The host would take alpha for a colour.
@@ -405,6 +406,7 @@ class AttuneSourceFusion(io.ComfyNode):
     def execute(cls, model, trajectory, target, negative, start, end, layer, mask=None, source=None):
         name = "Attune Source Fusion"
         host.check_plain(model)
+        host.check_texts(model, target, negative)
         host.check_layers(model, [layer], "layer", name)
         warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
         check_same_model(trajectory, runs.describe_model(model))

@@ -325,6 +325,7 @@ class AttuneDirectInversion(io.ComfyNode):
                 "to Attune Direct Inversion, or set both to 1."
             )
         check_plain(model)
+        check_texts(model, negative)
         check_same_model(trajectory, host.describe_model(model))
         check_whole(trajectory, "Attune Direct Inversion")
 

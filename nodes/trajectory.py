@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..attention_patches.host import check_plain
+from ..attention_patches.host import check_plain, check_texts
 from ..inversion import file as files
 from ..inversion import host, report
 from ..inversion.trajectory import check_same_model, check_whole, negative_of
@@ -235,6 +235,7 @@ class AttuneInversionReport(io.ComfyNode):
                 f"The guidance is {guidance:g}, but the TRAJECTORY holds no negative; connect your sampler's "
                 "negative to Attune Inversion Report."
             )
+        check_texts(model, negative or [])
         rows = []
         pinned = report.Row("pinned source", host.decode(vae, trajectory, trajectory.latents[-1]))
         for name, scale in (("guidance 1", 1.0), (f"guidance {guidance:g}", guidance)):

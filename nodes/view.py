@@ -426,7 +426,7 @@ class AttuneCompare(io.ComfyNode):
         given = {f"image_{i}": b for i, b in enumerate((image_1, image_2, image_3, image_4), 1) if b is not None}
         rows = max(len(batch) for batch in given.values())
         for name, batch in given.items():
-            if len(batch) not in (1, rows) or not len(batch):
+            if len(batch) not in (1, rows):
                 raise ValueError(
                     f"{name} holds {len(batch)} pictures where another input holds {rows}; give every input of Attune "
                     "Compare one picture or as many as the others."
@@ -472,8 +472,6 @@ class AttuneContactSheet(io.ComfyNode):
     @classmethod
     def execute(cls, image_1, labels, height, image_2=None, image_3=None, image_4=None, wide=None):
         pictures = [p for batch in (image_1, image_2, image_3, image_4) if batch is not None for p in schema.rgb(batch)]
-        if not pictures:
-            raise ValueError("The images are empty batches; connect at least one picture to Attune Contact Sheet.")
         wide = None if wide is None else schema.rgb(wide)
         return io.NodeOutput(sheet.contact_sheet(pictures, labels.splitlines(), height, wide, runs.each))
 

@@ -38,6 +38,9 @@ def wrong_values(one):
     tensors = [torch.tensor(1.0), torch.full((1, 64, 64), math.inf), torch.zeros(0, 64, 64)]
     if kind != "MASK":
         tensors += [torch.zeros(1, 64, 64, 2), torch.full((1, 64, 64, 3), math.nan), torch.zeros(64, 64)]
+    if kind == "CONDITIONING":
+        texts = torch.full((1, 77, 128), math.nan), torch.zeros(77, 128), torch.zeros(1, 0, 128), None
+        tensors += [[], *([[text, {}]] for text in texts), [[torch.zeros(1, 77, 128)]]]
     return ["-5", 5, 1.5, [5], [[5, 5]], {}, {"samples": 5}, SOURCE, object(), *tensors]
 
 
@@ -98,12 +101,13 @@ class Given(ANY):
         inputs = [
             io.Int.Input("whole", min=0, max=9), io.Float.Input("real", min=0.0, max=1.0), io.Boolean.Input("yes"),
             io.Mask.Input("mask", optional=True), io.Image.Input("image", optional=True),
+            io.Int.Input("count", min=1, max=9, default=3, optional=True),
         ]  # fmt: skip
         return io.Schema(node_id="Given", display_name="Given", category="", inputs=inputs, outputs=[])
 
     @classmethod
-    def execute(cls, whole, real, yes, mask=None, image=None):
-        return whole, real, yes, mask, image
+    def execute(cls, whole, real, yes, mask=None, image=None, count=3):
+        return whole, real, yes, mask, image, count
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +118,7 @@ def given():
 def test_numbers_arrive_as_the_kind_that_is_promised(given):
     for whole, real, yes in ((2.0, 1, 1), (np.int64(2), np.float32(1), True), (np.float64(2), True, 1.0)):
         got = given(whole, real, yes)
-        assert got == (2, 1.0, True, None, None) and [type(one) for one in got[:3]] == [int, float, bool]
+        assert got == (2, 1.0, True, None, None, 3) and [type(one) for one in got[:3]] == [int, float, bool]
     assert given(whole=9, real=0.25, yes=False)[:3] == (9, 0.25, False)
 
 
@@ -133,7 +137,10 @@ def test_what_is_right_goes_through_untouched(given):
     mask, image = torch.rand(2, 64, 64), torch.rand(1, 64, 64, 4)
     got = given(1, 0, True, mask, image)
     assert torch.equal(got[3], mask) and got[3].data_ptr() == mask.data_ptr() and got[4] is image
-    assert given(1, 0, True, None, torch.rand(0, 64, 64, 3))[4].shape[0] == 0, "the node says what it does with none"
+
+
+def test_nothing_for_what_is_optional_is_as_if_it_were_not_there(given):
+    assert given(1, 0, True, None, image=None, count=None)[3:] == (None, None, 3)
 
 
 def test_the_door_costs_no_time(given):

@@ -349,7 +349,7 @@ def test_an_empty_batch_and_a_wrong_latent(bench):
     one_sentence(error, "needs .pictures, 4,")
     with pytest.raises(ValueError) as error:
         outputs(AttuneContactSheet, torch.zeros(0, 8, 8, 3), "", 64)
-    one_sentence(error, "empty batches")
+    one_sentence(error, "image_1 of Attune Contact Sheet is a tensor .* at least one picture")
 
 
 def test_choices_that_are_none(bench):

@@ -17,6 +17,11 @@ def test_what_utf_8_cannot_hold_is_escaped():
     assert legible("caf\u00e9 \U0001f34e") == "caf\u00e9 \U0001f34e"
 
 
+def test_what_is_quoted_stays_on_one_line():
+    said = legible('The prompt is "a\n\x1b[31mcat\u2028",\nand more.')
+    assert said == r'The prompt is "a\n\x1b[31mcat\u2028",' + "\nand more."
+
+
 def test_long_quotes_lose_their_middle_and_the_sentence_stays():
     said = legible(f'The word "cat" is not in the prompt "{LONG}end"; change "it".')
     assert said.startswith('The word "cat" is not in the prompt "word word')
