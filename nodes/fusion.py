@@ -12,9 +12,9 @@ from ..inversion import host as runs
 from ..inversion import report
 from ..inversion import turns as history
 from ..inversion.file import fingerprint
-from ..inversion.trajectory import Trajectory, check_same_model, check_whole, negative_of
+from ..inversion.trajectory import Trajectory, check_whole, negative_of
 from . import schema
-from .edit import share, warn_of_early_layer
+from .edit import check_model, share, warn_of_early_layer
 
 NOISES = [fusion.GAUSSIAN, fusion.MIXED, fusion.INVERTED]
 BOTH, POSITIVE = "both", "positive only"
@@ -239,7 +239,7 @@ class AttuneIntermediate(io.ComfyNode):
         host.check_layers(model, [layer], "layer", name)
         warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
         host.check_control(model, control_net, name)
-        check_same_model(trajectory, runs.describe_model(model))
+        check_model(model, trajectory, schema.node_id(cls))
         region, source = region_of(mask, trajectory, name), source_text(trajectory, source, name)
         if float(hint.mean()) > 0.5:
             runs.say(schema.node_id(cls), "The hint is mostly bright; a sketch adapter reads white lines on black.")
@@ -309,7 +309,7 @@ class AttuneMaskedFusion(io.ComfyNode):
         host.check_layers(model, [layer], "layer", name)
         warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
         for one in (trajectory, intermediate):
-            check_same_model(one, runs.describe_model(model))
+            check_model(model, one, schema.node_id(cls))
         check_pair(trajectory, intermediate)
         region, source = region_of(mask, trajectory, name), source_text(trajectory, source, name)
         target, negative = intermediate.conditioning, intermediate.negative
@@ -394,7 +394,7 @@ class AttuneSourceFusion(io.ComfyNode):
         host.check_plain(model)
         host.check_layers(model, [layer], "layer", name)
         warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
-        check_same_model(trajectory, runs.describe_model(model))
+        check_model(model, trajectory, schema.node_id(cls))
         mask = torch.ones(1, 8, 8) if mask is None else mask
         region, source = region_of(mask, trajectory, name), source_text(trajectory, source, name)
         window = Window(start, end, WINDOW)
