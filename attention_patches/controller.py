@@ -29,7 +29,7 @@ class Controller:
     refinement = None
 
     prompt: str
-    tokens: int | None  # None for a part of the picture, whose attention to text is left alone
+    tokens: int | None  # None where no words of the text are told apart, so that it may have any length
 
     @property
     def reads(self):

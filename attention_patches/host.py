@@ -162,6 +162,17 @@ def encode(clip, prompt, like=()):
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt), add_dict={**sizes, PROMPT: prompt})
 
 
+def check_length(read, conditioning):
+    """Raises ValueError where a CLIP did not give one text token for each of a prompt's :class:`words.Tokens`."""
+    for length in (text.shape[1] for text, _ in conditioning):
+        if length != read.length:
+            raise ValueError(
+                f"The CLIP gives {length} text tokens for a prompt of {read.length}, as with a pack's patch on it "
+                "(NegPip or a longer CLIP, say), so no word's attention can be found; connect the CLIP from before "
+                "that patch to this node and to CLIP Text Encode."
+            )
+
+
 def part_of_picture(conditioning, name, region, control=None):
     """CONDITIONING that holds for the latent pixels ``region`` (B, h, w) alone, as the part ``name`` of an edit, under
     this CONTROL_NET or none. Raises ValueError for one that is set to a mask already."""
@@ -298,9 +309,16 @@ def encode_steps(clip, prompt, vectors, windows, like=()):
     """As :func:`encode`, with one text a step: ``vectors``, text encoder's name -> position -> (S, B, width), take the
     place of some tokens; ``windows`` (S+1,) are shares of the schedule, as a Trajectory's.
 
-    Whatever else a conditioning holds, such as SDXL's pooled text, is the prompt's own.
+    Whatever else a conditioning holds, such as SDXL's pooled text, is the prompt's own. Raises ValueError for a CLIP
+    with a scheduled hook.
     """
-    extras, entries = encode(clip, prompt, like)[0][1], []
+    plain, entries = encode(clip, prompt, like), []
+    if len(plain) > 1:
+        raise ValueError(
+            "The CLIP has a hook on a schedule and the TRAJECTORY has learned words with one text for each step, but a "
+            "text can follow only one of them; connect the CLIP from before Set CLIP Hooks to this node."
+        )
+    extras = plain[0][1]
     pictures = next(iter(next(iter(vectors.values())).values())).shape[1]
     for step, (start, end) in enumerate(zip(windows[:-1], windows[1:], strict=True)):
         mine = ({n: {p: v[step, i] for p, v in own.items()} for n, own in vectors.items()} for i in range(pictures))

@@ -52,8 +52,12 @@ class Spec:
 
     @property
     def lengths(self):
-        """The prompts whose rows are edited or looked at, and the length of their conditionings."""
-        return {r.prompt: r.tokens for r in (*self.controllers, *self.watchers)}
+        """The prompts whose rows are edited or looked at, and the length of their conditionings, None where nobody
+        reads words of them."""
+        found = {}
+        for one in (*self.controllers, *self.watchers):
+            found[one.prompt] = found.get(one.prompt) or one.tokens
+        return found
 
     @property
     def parts(self):

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from ..messages import legible
 from . import gradient
 from .ddim import draw, papers_sigmas
+from .trajectory import coarsest
 
 VERSION = "0.8.0"  # this pack's, as in pyproject.toml
 
@@ -41,16 +42,27 @@ SKIPPING = (WrappersMP.CALC_COND_BATCH, WrappersMP.DIFFUSION_MODEL)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 BLOCKS = (ResBlock, SpatialTransformer)  # what is computed again for backward
 
+LEVELS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 14.5)  # noise levels at which a MODEL is asked for its timestep
+
 HOST_GRID = "host (ends at t = 1)"
 PAPERS_GRID = "papers (ends at t = 0)"
 
 
 def schedule(model, steps, grid):
-    """SIGMAS from noise to picture on one of the two grids that DDIM is written with."""
+    """SIGMAS from noise to picture on one of the two grids that DDIM is written with. Raises ValueError for more steps
+    than the MODEL has noise levels."""
     sampling = model.get_model_object("model_sampling")
-    if grid == PAPERS_GRID:
-        return papers_sigmas(sampling.sigmas.cpu().float(), steps)
-    return comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", steps).cpu().float()
+    table = sampling.sigmas.cpu().float()
+    if grid == PAPERS_GRID and steps <= len(table):
+        sigmas = papers_sigmas(table, steps)
+    else:
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "ddim_uniform", steps).cpu().float()
+    if steps > len(table) or not falls(sigmas):
+        raise ValueError(
+            f"The steps are {steps}, but the MODEL's table has {len(table)} noise levels; set steps of Attune DDIM "
+            f"Inversion to {len(table)} or fewer, or take the Model Sampling node (LCM, say) before it out."
+        )
+    return sigmas
 
 
 def falls(sigmas):
@@ -75,22 +87,71 @@ def lowest_sigma(model):
 
 
 def describe_model(model):
-    """What tells one MODEL from another, as plain values: its family, formats, and a few of its weights."""
+    """What tells one MODEL from another, as plain values: its family, formats, how it samples, and of its weights, as
+    the merges on them leave them, one number each, None for what is quantised beyond reading. A LoRA adds to weights
+    and leaves the model the same one, so it is not in them."""
     inner, sampling = model.model, model.get_model_object("model_sampling")
-    kinds = [c.__name__ for c in type(sampling).__mro__ if c.__module__ == comfy.model_sampling.__name__]
-    biases = [(n, p) for n, p in inner.diffusion_model.named_parameters() if n.endswith("bias") and p.ndim == 1]
-    probe = []
-    for name, weight in biases[:: max(1, len(biases) // 24)]:
-        # While a model is loaded its weights may hold a LoRA or a merge; the host keeps what they were.
-        kept = model.backup.get("diffusion_model." + name)
-        weight = weight if kept is None else kept.weight
-        probe.append(float(weight.detach().flatten()[0].float().cpu()))
+    lineage = type(sampling).__mro__
+    kinds = [c.__name__ for c in lineage if c.__module__ == comfy.model_sampling.__name__]
+    biases, matrices, dtypes = [], [], {"float32"}
+    for place, module in inner.diffusion_model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            is_bias = name == "bias"
+            if name not in ("weight", "bias") or is_bias != (len(weight.shape) == 1):
+                continue  # scales, of norms and of quantised weights
+            key = f"diffusion_model.{place}.{name}"
+            # While a model is loaded its weights may hold a LoRA or a merge; the host keeps what they were.
+            weight = model.backup[key].weight if key in model.backup else weight
+            convert = None if is_bias else getattr(module, "convert_weight", None)
+            (biases if is_bias else matrices).append(_probe((weight, convert), model.patches.get(key, ())))
+            if _readable(weight):
+                dtypes.add(str(weight.dtype).removeprefix("torch."))
     return {
         "family": f"{type(inner.model_config).__name__} ({type(inner.diffusion_model).__name__})",
         "latent_format": type(inner.latent_format).__name__,
         "prediction": next(k for k in kinds if not k.startswith("ModelSampling")),
-        "weights": probe,
+        # LCM, say, is of the kind EPS but has rules of its own.
+        "sampling": next((c.__name__ for c in lineage if "calculate_denoised" in vars(c)), ""),
+        "timesteps": [float(sampling.timestep(torch.tensor([sigma]))) for sigma in LEVELS],
+        "dtype": coarsest(dtypes),
+        "weights": biases[:: max(1, len(biases) // 24)],  # all that older files hold
+        "probes": biases + matrices,
     }
+
+
+def _readable(weight):
+    """Whether a weight's numbers can be read one by one: those that packs quantise in a form of their own cannot."""
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) or len(weight.shape) == 1  # biases never are
+    return plain and weight.is_floating_point() and not weight.is_meta
+
+
+def _probe(kept, patches):
+    """A weight's first number as merges leave it, by the host's rules; None where it or one that is merged into it is
+    not readable.
+
+    ``kept`` is the weight as loaded, and what turns its numbers into those that count, or None. Of the ``patches``,
+    those that add to the weight and keep all of it are LoRAs and the like.
+    """
+    weight, convert = kept
+    if not _readable(weight):
+        return None
+    number = _first(weight)
+    number = float(number if convert is None else convert(number))
+    for strength, patch, share, *_ in patches:
+        other = 0.0
+        if isinstance(patch, list):  # a weight of another model, with what is on it
+            other = _probe(patch[0], patch[1:])
+        elif share != 1 and isinstance(patch, tuple):  # the same, as a difference: ("diff", (tensor, ...)) or (tensor,)
+            other = float(_first((patch[1] if len(patch) == 2 else patch)[0]))
+        if other is None:
+            return None
+        number = number * share + strength * other
+    return number
+
+
+def _first(weight):
+    """The first number of a tensor, fp32, without a copy of the rest."""
+    return weight.detach()[(0,) * len(weight.shape)].float().cpu()
 
 
 def describe_patches(model):

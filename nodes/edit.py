@@ -18,7 +18,7 @@ from ..attention_patches.values import Window
 from ..attention_patches.watch import WatchedWords
 from ..attention_patches.words import read_factors, read_list, read_stretches
 from ..inversion import host as runs
-from ..inversion.trajectory import check_same_model, negative_of, one_text
+from ..inversion.trajectory import ANOTHER_TEXT, check_same_model, negative_of, text_distance
 from ..messages import legible
 from . import schema
 
@@ -137,11 +137,36 @@ def check_painted(painted, name, node, where):
         )
 
 
+def check_model(model, trajectory, node_id):
+    """Raises ValueError for a MODEL that is not the trajectory's, and tells the user where it is only nearly that."""
+    if nearly := check_same_model(trajectory, runs.describe_model(model)):
+        warn(node_id, nearly)
+
+
+def warn_of_another_clip(clip, trajectory, node_id, read=()):
+    """Tells the user where the CLIP reads the trajectory's own caption unlike the one that it was made with, as under
+    CLIP skip. ``read`` is a CONDITIONING that the CLIP gave already, for where it is that caption's."""
+    caption, method = (trajectory.header.get(key) for key in ("prompt", "method"))
+    # A finished turn, and what has learned words, are made under more than their caption says.
+    if caption is None or method == "turn" or trajectory.learned is not None:
+        return
+    if not read or read[0][1].get(host.PROMPT) != caption:
+        read = host.encode(clip, caption, trajectory.conditioning)
+    apart = text_distance(trajectory, read)
+    if apart > ANOTHER_TEXT:
+        warn(
+            node_id,
+            f"The CLIP is not the one that the TRAJECTORY was made with: its text of the same caption is {apart:.0%} "
+            "off, as under another CLIP skip (CLIP Set Last Layer), LoRA or checkpoint; connect the same CLIP to this "
+            "node and to the CLIP Text Encode of the inversion.",
+        )
+
+
 def warn_of_another_caption(trajectory, prompt, node_id):
-    """Tells the user where a trajectory was made under another caption than the edit's source prompt."""
+    """Tells the user where a trajectory was inverted with another caption than the edit's source prompt."""
     made_under = trajectory.header.get("prompt")
     if made_under and made_under.strip() != prompt.strip():
-        warn(node_id, f'The TRAJECTORY was made under "{made_under}", but the source prompt is "{prompt}".')
+        warn(node_id, f'The TRAJECTORY was inverted with "{made_under}", but the source prompt is "{prompt}".')
 
 
 def warn_of_no_layer(model, trajectory, token_limit, node_id):
@@ -182,9 +207,10 @@ def warn_of_shifted_words(source, target, node_id):
 def source_of(model, clip, trajectory, prompt, node_id):
     """The trajectory as the reference that edits read, under its prompt."""
     host.check_unet(model)
-    check_same_model(trajectory, runs.describe_model(model))
+    check_model(model, trajectory, node_id)
     warn_of_another_caption(trajectory, prompt, node_id)
     conditioning, tell = text_of(clip, trajectory, prompt), functools.partial(warn, node_id)
+    warn_of_another_clip(clip, trajectory, node_id, conditioning)
     return Reference("source", trajectory.sigmas, trajectory.latents, conditioning, trajectory.steps, tell)
 
 
@@ -217,6 +243,7 @@ def edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_li
     node_id, node = schema.node_id(cls), schema.title(cls)
     reference = source_of(model, clip, trajectory, prompts[0], node_id)
     source, target = (host.read_words(clip, prompt) for prompt in prompts)
+    host.check_length(source, reference.conditioning)
     mapper = mapping(source, target)
     injected = mapper.any(0)
     stretches = read_stretches(word_windows, f"word_windows on {node}")
@@ -387,11 +414,13 @@ class AttunePromptReweight(io.ComfyNode):
         for word, factor in read_factors(weights, f"weights on {node}"):
             factors[list(read.positions([word], f"weights or the prompt on {node}"))] = factor
         controllers = [Reweight(prompt=prompt, tokens=read.length, factors=factors, cross=cross)]
+        text, node_id = text_of(clip, trajectory, prompt), schema.node_id(cls)
+        host.check_length(read, text)
         if carried := host.source_of_words(model, prompt):
-            check_same_model(trajectory, runs.describe_model(model))
+            check_model(model, trajectory, node_id)
+            warn_of_another_clip(clip, trajectory, node_id, text)
             source = replace(carried, sigmas=trajectory.sigmas, latents=trajectory.latents)
         else:
-            node_id = schema.node_id(cls)
             source = source_of(model, clip, trajectory, prompt, node_id)
             if self_start < self_end:
                 warn_of_no_layer(model, trajectory, token_limit, node_id)
@@ -406,7 +435,7 @@ class AttunePromptReweight(io.ComfyNode):
                 token_limit=token_limit,
             )
             controllers.insert(0, own)
-        return io.NodeOutput(host.install(model, [source], controllers), text_of(clip, trajectory, prompt))
+        return io.NodeOutput(host.install(model, [source], controllers), text)
 
 
 class AttuneLocalBlend(io.ComfyNode):
@@ -505,6 +534,8 @@ class AttuneLocalBlend(io.ComfyNode):
             )
         if mask is not None:
             check_painted(mask.any(), "mask", "Attune Local Blend", "where the picture may change")
+        if named:
+            host.check_length(source, reference.conditioning)
         one = LocalBlend(
             prompt=target_prompt,
             tokens=target.length,
@@ -602,14 +633,18 @@ class AttuneEmbeddingControl(io.ComfyNode):
         texts = [host.read_words(clip, prompt) for prompt in (source_prompt, target_prompt)]
         alignment = align(*texts)
         like = trajectory.conditioning
-        source, extras = one_text(host.encode(clip, source_prompt, like), "source")
-        target, tagged = one_text(host.encode(clip, target_prompt, like), "target")
-        mixed = control(source, target, alignment)
+        sources, targets = (host.encode(clip, prompt, like) for prompt in (source_prompt, target_prompt))
+        warn_of_another_clip(clip, trajectory, node_id, sources)
+        host.check_length(texts[0], sources)
+        # A hook that is scheduled on the CLIP gives one text for each of its stretches, the same ones for every prompt.
+        mixed = [
+            # The tag says which prompt's rows these are; all else describes the source.
+            [control(source, target, alignment), {**extras, host.PROMPT: tagged[host.PROMPT]}]
+            for (source, extras), (target, tagged) in zip(sources, targets, strict=True)
+        ]
         new = [w.text for w in texts[1].words if (alignment[list(w.positions)] < 0).any()]
         runs.say(node_id, f"From the target prompt: {', '.join(new) or 'nothing'}. Everything else is the source's.")
-        # The tag says which prompt's rows these are; all else describes the source.
-        negative = negative_of(trajectory) or host.encode(clip, "", like)
-        return io.NodeOutput([[mixed, {**extras, host.PROMPT: tagged[host.PROMPT]}]], negative)
+        return io.NodeOutput(mixed, negative_of(trajectory) or host.encode(clip, "", like))
 
 
 NODES = [

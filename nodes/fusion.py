@@ -16,9 +16,9 @@ from ..inversion import host as runs
 from ..inversion import report
 from ..inversion import turns as history
 from ..inversion.file import fingerprint
-from ..inversion.trajectory import Trajectory, check_same_model, check_whole, negative_of
+from ..inversion.trajectory import Trajectory, check_whole, negative_of
 from . import schema
-from .edit import check_painted, share, warn, warn_of_early_layer
+from .edit import check_model, check_painted, share, warn, warn_of_early_layer
 
 NOISES = [fusion.GAUSSIAN, fusion.MIXED, fusion.INVERTED]
 BOTH, POSITIVE = "both", "positive only"
@@ -250,7 +250,7 @@ class AttuneIntermediate(io.ComfyNode):
         warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
         host.check_control(model, control_net, name)
         host.check_texts(model, target, negative)
-        check_same_model(trajectory, runs.describe_model(model))
+        check_model(model, trajectory, schema.node_id(cls))
         region, source = region_of(mask, trajectory, name), source_text(trajectory, source, name)
         # The host would take alpha for a colour.
         hint = fitted(schema.rgb(hint).movedim(-1, 1), picture_size(trajectory)).movedim(1, -1)
@@ -322,7 +322,7 @@ class AttuneMaskedFusion(io.ComfyNode):
         host.check_layers(model, [layer], "layer", name)
         warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
         for one in (trajectory, intermediate):
-            check_same_model(one, runs.describe_model(model))
+            check_model(model, one, schema.node_id(cls))
         check_pair(trajectory, intermediate)
         region, source = region_of(mask, trajectory, name), source_text(trajectory, source, name)
         target, negative = intermediate.conditioning, intermediate.negative
@@ -409,7 +409,7 @@ class AttuneSourceFusion(io.ComfyNode):
         host.check_texts(model, target, negative)
         host.check_layers(model, [layer], "layer", name)
         warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
-        check_same_model(trajectory, runs.describe_model(model))
+        check_model(model, trajectory, schema.node_id(cls))
         mask = torch.ones(1, 8, 8) if mask is None else mask
         region, source = region_of(mask, trajectory, name), source_text(trajectory, source, name)
         window = Window(start, end, WINDOW)

@@ -7,8 +7,9 @@ from comfy_api.latest import io
 
 from ..attention_patches.host import check_plain, check_texts, check_unet
 from ..inversion import ddim, direct, host, null_text, unfinished
-from ..inversion.trajectory import Trajectory, check_same_model, check_whole, negative_of, one_text
+from ..inversion.trajectory import Trajectory, check_whole, negative_of, one_text
 from . import schema
+from .edit import check_model, warn
 
 GRIDS = [host.HOST_GRID, host.PAPERS_GRID]
 GIVEN = "given"  # what a trajectory says of its grid where the levels came from another node
@@ -136,6 +137,12 @@ class AttuneDDIMInversion(io.ComfyNode):
         if levels is not None:
             grid = GIVEN
         sigmas = host.schedule(model, steps, grid) if levels is None else host.whole_schedule(model, levels)
+        if grid == host.HOST_GRID and abs(len(sigmas) - 1 - steps) > 1:
+            warn(
+                schema.node_id(cls),
+                f"The grid has {len(sigmas) - 1} steps and not {steps}, since ComfyUI's ddim_uniform takes every n-th "
+                "noise level of the MODEL's table; connect this node's sigmas to the sampler, or choose other steps.",
+            )
         lowest = host.lowest_sigma(model)
 
         def body(denoise, start, report):
@@ -243,12 +250,12 @@ class AttuneNullTextInversion(io.ComfyNode):
         cls, trajectory, model, negative, guidance, inner_steps, learning_rate, early_stop, warm_start,
     ):  # fmt: skip
         check_plain(model)
-        check_same_model(trajectory, host.describe_model(model))
+        check_model(model, trajectory, schema.node_id(cls))
         check_whole(trajectory, "Attune Null-Text Inversion")
-        one_text(negative, "negative")
+        one_text(negative, "negative", "connect one CLIP Text Encode to negative")
         check_texts(model, negative)
         if trajectory.learned is None:  # with learned words there is one text a step
-            one_text(trajectory.conditioning, "trajectory's")
+            one_text(trajectory.conditioning, "TRAJECTORY's", "invert the image under one CLIP Text Encode")
         settings = null_text.NullText(guidance, inner_steps, learning_rate, early_stop, warm_start)
         learned = unfinished.learn(model, trajectory, negative, settings, schema.node_id(cls))
         header = {
@@ -326,7 +333,7 @@ class AttuneDirectInversion(io.ComfyNode):
             )
         check_plain(model)
         check_texts(model, negative)
-        check_same_model(trajectory, host.describe_model(model))
+        check_model(model, trajectory, schema.node_id(cls))
         check_whole(trajectory, "Attune Direct Inversion")
 
         def body(denoise, start, report):

@@ -17,10 +17,9 @@ from ..attention_patches.region_prompts import RegionPrompts
 from ..attention_patches.values import Window
 from ..attention_patches.watch import Watch, WatchedWords
 from ..attention_patches.words import read_list
-from ..inversion import host as runs
-from ..inversion.trajectory import check_same_model, one_text
 from . import schema
 from .edit import (
+    check_model,
     check_painted,
     edit_outputs,
     share,
@@ -28,6 +27,7 @@ from .edit import (
     source_of,
     text_of,
     warn,
+    warn_of_another_clip,
     warn_of_early_layer,
     warn_of_no_layer,
 )
@@ -51,7 +51,13 @@ def target_text(tooltip):
 def null_source(model, clip, trajectory, node_id):
     """The trajectory as a reference that is read under the empty prompt."""
     host.check_unet(model)
-    check_same_model(trajectory, runs.describe_model(model))
+    check_model(model, trajectory, node_id)
+    null = read_without_text(clip, trajectory, node_id)
+    warn_of_another_clip(clip, trajectory, node_id, null.conditioning)
+    return null
+
+
+def read_without_text(clip, trajectory, node_id):
     text = host.encode(clip, "", trajectory.conditioning)
     tell = functools.partial(warn, node_id)
     return Reference(NULL, trajectory.sigmas, trajectory.latents, text, trajectory.steps, tell)
@@ -59,8 +65,9 @@ def null_source(model, clip, trajectory, node_id):
 
 def sources_of(model, clip, trajectory, prompt, node_id):
     """The references for a source prompt that may be empty, the one for the positive rows first."""
-    null = null_source(model, clip, trajectory, node_id)
-    return [source_of(model, clip, trajectory, prompt, node_id), null] if prompt.strip() else [null]
+    if not prompt.strip():
+        return [null_source(model, clip, trajectory, node_id)]
+    return [source_of(model, clip, trajectory, prompt, node_id), read_without_text(clip, trajectory, node_id)]
 
 
 def read_layers(text, node):
@@ -138,7 +145,7 @@ class AttuneFreePromptEditing(io.ComfyNode):
         reference = sources_of(model, clip, trajectory, source_prompt, schema.node_id(cls))[0]
         controller = FreePromptEditing(
             prompt=target_prompt,
-            tokens=host.read_words(clip, target_prompt).length,
+            tokens=None,
             reference=reference.name,
             window=Window(start, end, "start to end"),
             token_limit=token_limit,
@@ -270,7 +277,7 @@ class AttuneMutualSelfAttention(io.ComfyNode):
         name = references[0].name
         controller = MutualSelfAttention(
             prompt=target_prompt,
-            tokens=target.length,
+            tokens=target.length if lies or goes else None,
             reference=name,
             window=Window(start, end, "start to end"),
             layer=layer,
@@ -281,7 +288,10 @@ class AttuneMutualSelfAttention(io.ComfyNode):
         )
         host.check_layers(model, [layer], "layer", "Attune Mutual Self-Attention")
         warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
-        return io.NodeOutput(host.install(model, references, [controller]), text_of(clip, trajectory, target_prompt))
+        text = text_of(clip, trajectory, target_prompt)
+        if lies or goes:
+            host.check_length(target, text)
+        return io.NodeOutput(host.install(model, references, [controller]), text)
 
 
 class AttuneContextPreserving(io.ComfyNode):
@@ -409,7 +419,7 @@ class AttuneContextPreserving(io.ComfyNode):
         target = source if target_mask is None else Mask(target_mask)
         controller = ContextPreserving(
             prompt=target_prompt,
-            tokens=read.length,
+            tokens=None if refinement is None else read.length,
             source_mask=source,
             target_mask=target,
             object_keys=source if source_keys == BY_SOURCE else target,
@@ -422,7 +432,10 @@ class AttuneContextPreserving(io.ComfyNode):
             refinement=refinement and refinement.for_prompt(read),
         )
         reference = null_source(model, clip, trajectory, schema.node_id(cls))
-        return io.NodeOutput(host.install(model, [reference], [controller]), text_of(clip, trajectory, target_prompt))
+        text = text_of(clip, trajectory, target_prompt)
+        if refinement is not None:
+            host.check_length(read, text)
+        return io.NodeOutput(host.install(model, [reference], [controller]), text)
 
 
 REGIONS = range(1, 5)
@@ -501,17 +514,20 @@ class AttuneRegionPrompts(io.ComfyNode):
                 )
         if not regions:
             return io.NodeOutput(model.clone(), host.encode(clip, prompt))
-        texts = [one_text(host.encode(clip, text), "prompt") for text in (prompt, *(text for text, _ in regions))]
-        host.check_texts(model, texts)
-        joined = torch.cat([text for text, _ in texts], 1)
-        tag = " | ".join((prompt, *(text for text, _ in regions)))
+        prompts = prompt, *(text for text, _ in regions)
+        reads, texts = [host.read_words(clip, text) for text in prompts], [host.encode(clip, text) for text in prompts]
+        host.check_texts(model, *texts)
+        for read, text in zip(reads, texts, strict=True):
+            host.check_length(read, text)
+        tag, lengths = " | ".join(prompts), tuple(read.length for read in reads)
         controller = RegionPrompts(
-            prompt=tag,
-            tokens=joined.shape[1],
-            lengths=tuple(text.shape[1] for text, _ in texts),
-            regions=tuple(mask for _, mask in regions),
+            prompt=tag, tokens=sum(lengths), lengths=lengths, regions=tuple(mask for _, mask in regions)
         )
-        positive = [[joined, {**texts[0][1], host.PROMPT: tag}]]
+        # A hook that is scheduled on the CLIP gives one text for each of its stretches, the same ones for every prompt.
+        positive = [
+            [torch.cat([text for text, _ in together], 1), {**together[0][1], host.PROMPT: tag}]
+            for together in zip(*texts, strict=True)
+        ]
         return io.NodeOutput(host.install(model, [], [controller]), positive)
 
 

@@ -12,8 +12,9 @@ from ..inversion import dynamic_prompt, unfinished
 from ..inversion import host as runs
 from ..inversion.dynamic_prompt import DynamicPrompt
 from ..inversion.null_text import NullText
-from ..inversion.trajectory import LearnedWords, check_same_model, negative_of, one_text
+from ..inversion.trajectory import LearnedWords, negative_of, one_text
 from . import schema, sheet
+from .edit import check_model, warn_of_another_clip
 from .view import look
 
 NOUNS = 'The picture\'s caption with each noun that matters in braces, such as "a {cat} and a {dog}".'
@@ -108,7 +109,7 @@ class AttuneBackgroundMask(io.ComfyNode):
         cls, model, clip, trajectory, source_prompt, threshold, clusters, self_tokens, cross_tokens, every, seed
     ):
         host.check_plain(model)
-        check_same_model(trajectory, runs.describe_model(model))
+        check_model(model, trajectory, schema.node_id(cls))
         prompt, nouns = host.read_nouns(clip, source_prompt, "source_prompt of Attune Background Mask")
         names, positions = zip(*nouns, strict=True)
         parts, words = self_maps.SelfSum(trajectory.latents.shape[1]), maps.MapSum(positions)
@@ -122,6 +123,8 @@ class AttuneBackgroundMask(io.ComfyNode):
                 parts.choose(self_tokens)
 
         text = host.encode(clip, prompt, trajectory.conditioning)
+        host.check_length(host.read_words(clip, prompt), text)
+        warn_of_another_clip(clip, trajectory, schema.node_id(cls), text)
         look(model, text, trajectory, every, receive, before)
         size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
         outside, objects, sheets, said = [], [], [], []
@@ -346,7 +349,7 @@ class AttuneDynamicPrompt(io.ComfyNode):
         null_early_stop, null_warm_start, background=None, noun_masks=None,
     ):  # fmt: skip
         host.check_plain(model)
-        check_same_model(trajectory, runs.describe_model(model))
+        check_model(model, trajectory, schema.node_id(cls))
         settings = DynamicPrompt(
             balance_weight, disjoint_weight, background_weight,
             (balance_threshold, disjoint_threshold, background_threshold),
@@ -363,7 +366,9 @@ class AttuneDynamicPrompt(io.ComfyNode):
         like = trajectory.conditioning
         texts = host.encode(clip, prompt, like), host.encode(clip, "", like)
         host.check_texts(model, *texts)
-        one_text(texts[0], "source prompt's")
+        one_text(texts[0], "source prompt's", "connect one CLIP to Attune Dynamic Prompt")
+        host.check_length(host.read_words(clip, prompt), texts[0])
+        warn_of_another_clip(clip, trajectory, schema.node_id(cls), texts[0])
         learned = [p for at in positions for p in at]
         start = {
             name: rows[None].expand(pictures, -1, -1)

@@ -6,8 +6,9 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..attention_patches.host import check_plain, check_texts
 from ..inversion import file as files
 from ..inversion import host, report
-from ..inversion.trajectory import check_same_model, check_whole, negative_of
+from ..inversion.trajectory import check_whole, negative_of
 from . import schema, sheet
+from .edit import check_model
 
 NO_NULLS = (
     "The TRAJECTORY holds no negative, but something is connected to the negative of Attune Trajectory Conditioning; "
@@ -226,7 +227,7 @@ class AttuneInversionReport(io.ComfyNode):
     @classmethod
     def execute(cls, trajectory, model, vae, image, guidance, negative=None):
         check_plain(model)
-        check_same_model(trajectory, host.describe_model(model))
+        check_model(model, trajectory, schema.node_id(cls))
         check_whole(trajectory, "Attune Inversion Report")
         learned = trajectory.nulls is not None
         negative = negative_of(trajectory) if learned or negative is None else negative

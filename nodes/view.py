@@ -9,9 +9,9 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..attention_patches import host, maps, self_maps
 from ..attention_patches.words import read_list
 from ..inversion import host as runs
-from ..inversion.trajectory import Trajectory, check_same_model
+from ..inversion.trajectory import Trajectory
 from . import schema, sheet
-from .edit import kept_vectors
+from .edit import check_model, kept_vectors, warn_of_another_clip
 
 STEPS_AVERAGE, STEPS_EACH = "average", "each"
 STEPS = (STEPS_AVERAGE, STEPS_EACH)
@@ -198,7 +198,7 @@ class AttuneAttentionMaps(io.ComfyNode):
             )
         if trajectory is None:
             trajectory = noised_path(model, latent)
-        check_same_model(trajectory, runs.describe_model(model))
+        check_model(model, trajectory, schema.node_id(cls))
         read = host.read_words(clip, prompt)
         chosen = read_list(words)
         change = "words or the prompt on Attune Attention Maps"
@@ -226,7 +226,10 @@ class AttuneAttentionMaps(io.ComfyNode):
             look(model, conditioning, trajectory, every, receive, before)
             return gathered.collect(names, *choice)
 
-        found = gather(host.encode(clip, prompt, trajectory.conditioning))
+        text = host.encode(clip, prompt, trajectory.conditioning)
+        host.check_length(read, text)
+        warn_of_another_clip(clip, trajectory, schema.node_id(cls), text)
+        found = gather(text)
         number = positions.index(masked[1])
         if kept := kept_vectors(clip, trajectory, prompt):
             learned = set().union(*kept.values())
@@ -330,7 +333,7 @@ class AttuneSelfAttentionView(io.ComfyNode):
     @classmethod
     def execute(cls, model, trajectory, tokens, every, method, count, clusters, seed, clip=None, prompt=""):
         host.check_plain(model)
-        check_same_model(trajectory, runs.describe_model(model))
+        check_model(model, trajectory, schema.node_id(cls))
         if prompt.strip() and clip is None:
             raise ValueError(
                 "Attune Self-Attention View has a prompt but no CLIP to read it with; connect the checkpoint's clip, "

@@ -25,6 +25,7 @@ MODULES = {
 }  # fmt: skip
 # Keys that stay inside the pack or go into its files, one of sys.modules, and an attribute that the pack gives a UNet.
 OURS = {"server", "adapter_channels", "attune", "comfyui", "torch", "family", "latent_format", "prediction", "weights"}
+OURS |= {"sampling", "timesteps", "dtype", "probes"}
 KINDS = (
     str, list, dict, set, pathlib.Path, collections.Counter, contextlib.ExitStack, safetensors.safe_open, torch.Tensor,
     torch.dtype, torch.nn.Linear(1, 1), torch.nn.GroupNorm, type, inspect.Parameter, hashlib.sha256(),

@@ -318,7 +318,7 @@ def test_another_caption_is_said(bench, caplog):
     swap(bench, trajectory=bench.trajectory)
     assert not caplog.records
     swap(bench, trajectory=other)
-    assert 'was made under "a red square", but the source prompt is' in caplog.text
+    assert 'was inverted with "a red square", but the source prompt is' in caplog.text
 
 
 @pytest.mark.parametrize("target, told", [

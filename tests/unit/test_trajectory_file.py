@@ -270,5 +270,5 @@ def test_steps_have_their_own_text():
     assert all(torch.equal(e[0], n) for e, n in zip(entries, trajectory.nulls, strict=True))
     assert negative_of(made(nulls=False)) is not None and negative_of(replace(made(False), negative=[])) == []
     assert step_conditioning(trajectory.nulls, trajectory.windows, {"a": 1})[0][1]["a"] == 1
-    with pytest.raises(ValueError, match="holds 2 texts"):
-        one_text(trajectory.conditioning * 2, "negative")
+    with pytest.raises(ValueError, match="negative conditioning holds 2 texts, .* for exactly one; connect one there"):
+        one_text(trajectory.conditioning * 2, "negative", "connect one there")
