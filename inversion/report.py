@@ -20,7 +20,7 @@ class Row:
 
 
 def fit(image, pictures, node="Attune Inversion Report"):
-    """An IMAGE (B, H, W, 3) cut about its middle to the size of ``pictures``, as VAEs do that want multiples of 8.
+    """An IMAGE (B, H, W, C) cut about its middle to the size of ``pictures``, as VAEs do that want multiples of 8.
 
     Raises ValueError when it cannot be the picture they come from.
     """
@@ -32,7 +32,7 @@ def fit(image, pictures, node="Attune Inversion Report"):
             f"{wanted[1]}x{wanted[0]}; connect the image that was inverted to {node}."
         )
     top, left = spare[0] // 2, spare[1] // 2
-    return image[:, top : top + wanted[0], left : left + wanted[1]].expand(theirs, -1, -1, -1)
+    return image[:, top : top + wanted[0], left : left + wanted[1], :3].expand(theirs, -1, -1, -1)
 
 
 def decibels(error):
