@@ -219,6 +219,7 @@ def learn(settings, nulls, task, network, sigmas, latents, start, null, progress
             learned = [one]
             found = [a + [{"null-text": loss} for loss in b] for a, b in zip(found, null_losses, strict=True)]
         kept = {name: torch.stack([v[name] for v in vectors]) for name in original[0]}
+        null_text.check_learned(step, x, *kept.values())
         progress = Progress(
             [*progress.vectors, kept], [*progress.nulls, *learned], x, seen, [*progress.losses, found]
         )  # fmt: skip

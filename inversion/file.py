@@ -1,4 +1,5 @@
-"""A trajectory as one safetensors file. Nothing in it is ever executed, and every value of it is checked.
+"""A trajectory as one safetensors file. Nothing in it is ever executed, and every value of it is checked: whoever can
+write a file can write its digest too.
 
 Tensors: sigmas (S+1,), latents (S+1, B, C, h, w), nulls (S, B, T, C) if learned, and the conditionings' tensors as
 "conditioning.0", "conditioning.0.pooled_output", ... and "negative.0"; "learned.l" (S, B, R, width) and the like are
@@ -8,35 +9,47 @@ the vectors of learned words, one a text encoder. The metadata holds one JSON te
 import hashlib
 import json
 import math
+import re
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .trajectory import LearnedWords, Trajectory
 
 FORMAT = 2  # 1 knows no learned words
 AGAIN = "save the trajectory again and choose that file in Attune Load Trajectory"
+ANEW = "make it anew with an Attune inversion and connect that to Attune Save Trajectory."
 PLAIN = "take the node that sets it out from between CLIP Text Encode and the inversion."
 REMEDIES = {  # by how it was made
     "intermediate": "save the source's, and draw the intermediate again with Attune Intermediate.",
     "recorded": "save that of Attune Next Turn where it is an edit, or take the node that sets it out.",
 }
 HEADER = {"family": str, "latent_format": str, "prediction": str, "weights": list, "method": str}
+MAY_BE_UNKNOWN = {"prompt": str, "seed": int}  # what the nodes read of a header beside that
+DEPTH = 8  # of lists and dictionaries; Python reads JSON that nests deeper than it can write again
 LISTS = ("conditioning", "negative")
 LEARNED = "learned."
+LONGEST = 16 << 20  # bytes of a file's table and JSON; a thousand steps of long prompts take 3 MB
+HIGHEST_SIGMA = 1e6  # ComfyUI's own tables end below 5000
+LARGEST = 65504  # in fp16; what is larger ends as NaN in a model of half precision
+KINDS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 class _Unfit(Exception):
-    """What is wrong with a file, as the middle of a sentence, and its end, what to do."""
+    """What is wrong with a trajectory, as the middle of a sentence, and for a file its end, what to do."""
 
     def __init__(self, problem, remedy=AGAIN):
-        super().__init__(f"{problem}; {remedy}")
+        super().__init__(problem)
+        self.remedy = remedy
 
 
-def save(trajectory, path, versions):
-    """Writes ``trajectory``; ``versions`` (name to text) says with what. Raises ValueError for a conditioning that
-    holds more than a file can: ControlNets, hooks, masks and the like."""
+def packed(trajectory, versions):
+    """The bytes of ``trajectory``'s file; ``versions`` (name to text) says with what it is written.
+
+    Raises ValueError for what :func:`load` would refuse, and for a conditioning that holds more than a file can:
+    ControlNets, hooks and the like.
+    """
     tensors = {"sigmas": trajectory.sigmas, "latents": trajectory.latents}
     if trajectory.nulls is not None:
         tensors["nulls"] = trajectory.nulls
@@ -56,9 +69,9 @@ def save(trajectory, path, versions):
             tensors[f"{name}.{i}"] = text
             plain = {}
             for key, value in extras.items():
-                if torch.is_tensor(value):
+                if torch.is_tensor(value) and key in TENSORS:
                     tensors[f"{name}.{i}.{key}"] = value
-                elif value is None or isinstance(value, str | int | float | bool):
+                elif key in VALUES and VALUES[key](value):
                     plain[key] = value
                 else:
                     raise ValueError(
@@ -68,126 +81,281 @@ def save(trajectory, path, versions):
             about[name].append(plain)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     about = json.loads(json.dumps(about))  # tuples become the lists that will be read
-    about["digest"] = _digest(about, tensors)
-    save_file(tensors, path, {"attune": json.dumps(about)})
+    kinds = {kind: name for name, kind in KINDS.items()}
+    try:
+        _check({k: (kinds.get(v.dtype, str(v.dtype)), tuple(v.shape)) for k, v in tensors.items()}, about)
+        _check_values(tensors)
+    except _Unfit as problem:
+        raise ValueError(f"The TRAJECTORY {problem}; {ANEW}") from problem
+    about["digest"] = fingerprint(about, *(part for name in sorted(tensors) for part in (name, tensors[name])))
+    content = save(tensors, {"attune": json.dumps(about)})
+    if _table(content) > LONGEST:
+        raise ValueError(f"The TRAJECTORY has prompts too long for a file; {ANEW}")
+    return content
+
+
+def _table(content):
+    """How long a file says that its table and JSON are."""
+    return int.from_bytes(content[:8], "little")
 
 
 def load(path):
-    """The :class:`Trajectory` in a file. Raises ValueError, in one sentence, for whatever is wrong with it."""
+    """The :class:`Trajectory` in a file, in fp32. Raises ValueError, in one sentence, for whatever is wrong with it.
+
+    What the file says of itself is checked before any tensor is read.
+    """
     try:
-        tensors, about = _read(path)
-        return _build(tensors, about)
+        try:
+            return _read(path)
+        except (OSError, SafetensorError, ValueError, RuntimeError) as problem:
+            raise _Unfit("is cut short or no safetensors file") from problem
     except _Unfit as problem:
-        raise ValueError(f"The trajectory file {path.name} {problem}.") from problem
+        raise ValueError(f"The trajectory file {path.name} {problem}; {problem.remedy}.") from problem
 
 
 def _read(path):
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
-            text = (file.metadata() or {}).get("attune")
-    except (OSError, SafetensorError, ValueError, RuntimeError) as problem:
-        raise _Unfit("is cut short or no safetensors file") from problem
+    with path.open("rb") as file:
+        if _table(file.read(8)) > LONGEST:
+            raise _Unfit("is cut short or no safetensors file")
+    with safe_open(path, "pt") as file:
+        about = _told((file.metadata() or {}).get("attune"))
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        _check({name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}, about)
+        told, tensors = about.pop("digest", None), {}
+        digest = hashlib.sha256()
+        _add(digest, about)
+        for name in sorted(slices):
+            tensor = file.get_tensor(name)
+            _add(digest, name)
+            _add(digest, tensor)
+            # A copy, since what safetensors gives changes with the file.
+            tensors[name] = tensor.to(torch.float32, copy=True)
+    if told != digest.hexdigest():
+        raise _Unfit("was changed after it was saved")
+    _check_values(tensors)
+    return _build(tensors, about)
+
+
+def _told(text):
+    """The JSON of a file as a dictionary."""
     if text is None:
         raise _Unfit("holds no trajectory")
     try:
         about = json.loads(text)
     except (ValueError, RecursionError) as problem:
         raise _Unfit("has an unreadable header") from problem
-    if not isinstance(about, dict) or not isinstance(about.get("format"), int):
+    if not _is_plain(about, DEPTH) or not isinstance(about, dict) or type(about.get("format")) is not int:
         raise _Unfit("has an unreadable header")
     if about["format"] > FORMAT:
         raise _Unfit(
-            f"was written by a newer Attune, in format {about['format']} where this one reads {FORMAT}",
+            f"was written by a newer Attune, in format {about['format']:.6g} where this one reads {FORMAT}",
             "update the Attune pack to load it in Attune Load Trajectory",
         )
-    if about.pop("digest", None) != _digest(about, tensors):
-        raise _Unfit("was changed after it was saved")
-    return tensors, about
-
-
-def _digest(about, tensors):
-    """One fingerprint of all that is in the file."""
-    return fingerprint(about, *(part for name in sorted(tensors) for part in (name, tensors[name])))
+    return about
 
 
 def fingerprint(*values):
     """sha256 over tensors and values that JSON holds."""
     digest = hashlib.sha256()
     for value in values:
-        if torch.is_tensor(value):
-            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(json.dumps(value, sort_keys=True).encode())
+        _add(digest, value)
     return digest.hexdigest()
 
 
-def _build(tensors, about):
-    """Checks what a file says against itself: whoever can write the file can write its digest too."""
-    header, steps, windows = about.get("header"), about.get("steps"), about.get("windows")
-    if not isinstance(header, dict) or not all(isinstance(header.get(k), kind) for k, kind in HEADER.items()):
-        raise _Unfit("does not say what it was made with")
-    if not all(isinstance(v, int | float) for v in header["weights"]):
-        raise _Unfit("does not say what it was made with")
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise _Unfit(f'has values in "{name}" that are no finite numbers')
-    sigmas, latents, nulls = (tensors.get(k) for k in ("sigmas", "latents", "nulls"))
-    if sigmas is None or sigmas.ndim != 1 or len(sigmas) < 2 or sigmas[-1] < 0 or (sigmas.diff() >= 0).any():
-        raise _Unfit("holds no noise levels that fall from noise to picture")
-    if latents is None or latents.ndim != 5 or len(latents) != len(sigmas) or latents.numel() == 0:
-        raise _Unfit(f"does not hold one latent for each of its {len(sigmas)} noise levels")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps not in (len(sigmas) - 1, len(sigmas)):
-        raise _Unfit("counts its steps wrongly")
-    lists = {name: _conditioning(name, tensors, about) for name in LISTS}
-    moves, pictures = len(sigmas) - 1, latents.shape[1]
-    rising = isinstance(windows, list) and len(windows) == moves + 1 and all(map(_is_share, windows))
-    rising = rising and windows == sorted(windows)
-    if nulls is not None:
-        fits = nulls.ndim == 4 and len(nulls) == moves and nulls.shape[1] in (1, pictures)
-        if not fits or not rising or len(lists["negative"]) != 1:
-            raise _Unfit("does not hold one null embedding for each of its steps")
-    vectors = {name.removeprefix(LEARNED): t for name, t in tensors.items() if name.startswith(LEARNED)}
-    learned = _learned(about.get("learned"), vectors, (moves, pictures))
-    if learned and not (rising and lists["conditioning"]):
-        raise _Unfit("does not say at which steps its learned words hold")
-    return Trajectory(
-        sigmas.float(), latents.float(), steps, header, **lists, nulls=nulls, windows=tuple(windows or ()),
-        learned=learned,
-    )  # fmt: skip
+def _add(digest, value):
+    if torch.is_tensor(value):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        # The array is read where it lies; bytes of it would be a copy.
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    else:
+        digest.update(json.dumps(value, sort_keys=True).encode())
 
 
-def _learned(told, vectors, shape):
-    """The learned words that a file tells of, or None where it tells of none."""
-    if told is None and not vectors:
-        return None
+# ---- checks ------------------------------------------------------------------------------------------------------
+
+
+def _is_number(value, low=-math.inf, high=math.inf):
+    if type(value) not in (int, float) or not low <= value <= high:
+        return False
     try:
-        words, positions = tuple(told["words"]), tuple(map(tuple, told["positions"]))
-        numbers = [p for at in positions for p in at]
-        fits = isinstance(told["prompt"], str) and len(words) == len(positions) and vectors and all(positions)
-        fits = fits and all(isinstance(w, str) for w in words) and all(type(p) is int and p > 0 for p in numbers)
-        fits = fits and all(v.ndim == 4 and v.shape[:3] == (*shape, len(numbers)) for v in vectors.values())
-    except (TypeError, KeyError):
-        fits = False
-    if not fits:
-        raise _Unfit("does not hold one vector for each token of its learned words")
-    return LearnedWords(told["prompt"], words, positions, vectors)
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _is_share(value):
-    return isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 1
+    return _is_number(value, 0, 1)
 
 
-def _conditioning(name, tensors, about):
-    entries = about.get(name)
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+def _is_text(value):
+    return value is None or isinstance(value, str)
+
+
+def _is_strength(value):
+    return _is_number(value, 0, 1000)
+
+
+# What a text may carry: what ComfyUI's nodes for Stable Diffusion and this pack's put on it, and nothing that is more
+# to ComfyUI than a number, such as a ControlNet.
+VALUES = {
+    "pooled_output": lambda value: value is None,
+    **dict.fromkeys(("attune_prompt", "attune_text"), _is_text),
+    "attune_seed": lambda value: value is None or type(value) is int,
+    **dict.fromkeys(
+        ("width", "height", "crop_w", "crop_h", "target_width", "target_height", "aesthetic_score"),
+        lambda value: _is_number(value, 0, 1 << 20),
+    ),
+    **dict.fromkeys(("start_percent", "end_percent"), _is_share),
+    **dict.fromkeys(("strength", "mask_strength"), _is_strength),
+    **dict.fromkeys(("set_area_to_bounds", "default"), lambda value: isinstance(value, bool)),
+}
+# The same of tensors, with a shape each: B pictures, C channels, any number n of texts, and what is None is any.
+TENSORS = {
+    "pooled_output": ("n", None),
+    "mask": ("B", None, None),
+    "concat_latent_image": ("B", "C", None, None),
+    "concat_mask": ("B", 1, None, None),
+}
+
+
+def _check(parts, about):
+    """Raises :class:`_Unfit` where what a file says contradicts itself, or says what :func:`packed` never writes.
+
+    ``parts``: each tensor's name -> (its kind as safetensors calls it, its shape).
+    """
+    for name, (kind, shape) in parts.items():
+        if kind not in KINDS:
+            raise _Unfit(f'has values of the kind {kind} in "{name}", where {", ".join(KINDS)} are read')
+        if 0 in shape:
+            raise _Unfit(f'holds nothing in "{name}"')
+    shapes = {name: shape for name, (_, shape) in parts.items()}
+    if not _is_header(about.get("header")):
+        raise _Unfit("does not say what it was made with")
+    sigmas, latents, nulls = (shapes.pop(name, None) for name in ("sigmas", "latents", "nulls"))
+    if sigmas is None or len(sigmas) != 1 or sigmas[0] < 2:
+        raise _Unfit("holds no noise levels that fall from noise to picture")
+    (levels,) = sigmas
+    if latents is None or len(latents) != 5 or latents[0] != levels:
+        raise _Unfit(f"does not hold one latent for each of its {levels} noise levels")
+    if type(about.get("steps")) is not int or about["steps"] not in (levels - 1, levels):
+        raise _Unfit("counts its steps wrongly")
+    windows, moves, (pictures, channels) = about.get("windows"), levels - 1, latents[1:3]
+    rising = isinstance(windows, list) and all(map(_is_share, windows)) and windows == sorted(windows)
+    widths = {name: _check_list(name, shapes, about, {"B": pictures, "C": channels}) for name in LISTS}
+    whole = rising and len(windows) == levels
+    if nulls is not None:
+        fits = len(nulls) == 4 and nulls[0] == moves and nulls[1] in (1, pictures)
+        if not fits or not whole or len(about["negative"]) != 1 or widths["negative"] != {nulls[3]}:
+            raise _Unfit("does not hold one null embedding for each of its steps")
+    if len(widths["conditioning"] | widths["negative"]) > 1:
+        raise _Unfit("holds texts for several models")
+    vectors = [shapes.pop(name) for name in list(shapes) if re.fullmatch(re.escape(LEARNED) + r"\w+", name)]
+    if vectors or about.get("learned") is not None:
+        if not _are_words(about.get("learned"), vectors, (moves, pictures)):
+            raise _Unfit("does not hold one vector for each token of its learned words")
+        if not whole or not about["conditioning"]:
+            raise _Unfit("does not say at which steps its learned words hold")
+    if not rising:
+        raise _Unfit("does not say at which steps what was learned holds")
+    if shapes:
+        raise _Unfit(f'holds "{next(iter(shapes))}", which no trajectory has')
+
+
+def _is_header(header):
+    if not isinstance(header, dict):
+        return False
+    wanted = HEADER | {key: kind for key, kind in MAY_BE_UNKNOWN.items() if header.get(key) is not None}
+    fits = all(type(header.get(key)) is kind for key, kind in wanted.items())
+    return fits and all(map(_is_number, header["weights"]))
+
+
+def _is_plain(value, depth):
+    """Whether JSON holds a value, no deeper than ``depth``, with finite numbers."""
+    if isinstance(value, list | dict):
+        inside = value if isinstance(value, list) else value.values()
+        return depth > 0 and all(_is_plain(one, depth - 1) for one in inside)
+    return value is None or isinstance(value, str | bool) or _is_number(value)
+
+
+def _check_list(name, shapes, about, sizes):
+    """Takes a conditioning's tensors out of ``shapes``, and returns how wide its texts are."""
+    entries, widths = about.get(name), set()
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise _Unfit(f"holds no readable {name}")
-    out = []
-    for i, plain in enumerate(entries):
-        text = tensors.get(f"{name}.{i}")
-        if text is None or text.ndim != 3:
+    for i, values in enumerate(entries):
+        text = shapes.pop(f"{name}.{i}", ())
+        if len(text) != 3:
             raise _Unfit(f"holds no readable {name}")
-        prefix = f"{name}.{i}."
-        out.append([text, {**plain, **{k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}}])
-    return out
+        widths.add(text[2])
+        for key, value in values.items():
+            if key not in VALUES or not VALUES[key](value):
+                raise _Unfit(f'holds a {name} with a "{key}" that no trajectory has')
+        for key, wanted in TENSORS.items():
+            shape = shapes.pop(f"{name}.{i}.{key}", None)
+            if shape is not None and (key in values or not _fits(shape, wanted, sizes)):
+                raise _Unfit(f'holds a {name} with a "{key}" that no trajectory has')
+    return widths
+
+
+def _fits(shape, wanted, sizes):
+    def fit(ours, theirs):
+        # What holds for all pictures has one row.
+        return theirs in (None, "n") or ours == sizes.get(theirs, theirs) or (theirs == "B" and ours == 1)
+
+    return len(shape) == len(wanted) and all(map(fit, shape, wanted))
+
+
+def _are_words(told, vectors, shape):
+    """Whether a file holds one vector for each token, step and picture of the learned words that it tells of."""
+    try:
+        words, positions = told["words"], told["positions"]
+        numbers = [p for at in positions for p in at]
+        fits = isinstance(told["prompt"], str) and len(words) == len(positions) and vectors and all(positions)
+        fits = fits and all(isinstance(w, str) for w in words) and all(type(p) is int and p > 0 for p in numbers)
+        return fits and all(len(v) == 4 and v[:3] == (*shape, len(numbers)) for v in vectors)
+    except (TypeError, KeyError):
+        return False
+
+
+def _check_values(tensors):
+    """The same for the tensors themselves."""
+    sigmas = tensors["sigmas"].float()
+    for name, tensor in tensors.items():
+        tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise _Unfit(f'has values in "{name}" that are no finite numbers (NaN or infinite)')
+        if name == "latents":  # a model reads x / sqrt(sigma^2 + 1)
+            tensor = tensor.flatten(1).abs().amax(1) / (sigmas.square() + 1).sqrt()
+        if name == "sigmas":
+            fits = sigmas[0] <= HIGHEST_SIGMA
+        elif name.endswith(".mask"):
+            fits = tensor.min() >= 0 and tensor.max() <= 1
+        else:
+            fits = tensor.abs().max() <= LARGEST
+        if not fits:
+            raise _Unfit(f'has values in "{name}" that are too large for a model')
+    if sigmas[-1] < 0 or (sigmas.diff() >= 0).any():
+        raise _Unfit("holds no noise levels that fall from noise to picture")
+
+
+def _build(tensors, about):
+    """The Trajectory of tensors and values that were checked."""
+    lists = {
+        name: [
+            [
+                tensors[f"{name}.{i}"],
+                {**values, **{key: t for key in TENSORS if (t := tensors.get(f"{name}.{i}.{key}")) is not None}},
+            ]
+            for i, values in enumerate(about[name])
+        ]
+        for name in LISTS
+    }
+    learned, vectors = about.get("learned"), {k: t for k, t in tensors.items() if k.startswith(LEARNED)}
+    if learned:
+        vectors = {name.removeprefix(LEARNED): rows for name, rows in vectors.items()}
+        positions = tuple(map(tuple, learned["positions"]))
+        learned = LearnedWords(learned["prompt"], tuple(learned["words"]), positions, vectors)
+    return Trajectory(
+        tensors["sigmas"], tensors["latents"], about["steps"], about["header"], **lists, nulls=tensors.get("nulls"),
+        windows=tuple(about["windows"]), learned=learned,
+    )  # fmt: skip

@@ -5,6 +5,8 @@ What it uses of the host, and the releases that each use was checked on, is in t
 
 import contextlib
 import hashlib
+import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -22,10 +24,10 @@ from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.patcher_extension import WrappersMP
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..messages import legible
-from . import gradient
+from . import disk, gradient
 from .ddim import draw, papers_sigmas
 from .trajectory import coarsest
 
@@ -423,10 +425,16 @@ def host_latent(trajectory, step):
 
 
 def _format(trajectory):
-    name = trajectory.header["latent_format"]
-    formats = {k: v for k, v in vars(comfy.latent_formats).items() if isinstance(v, type)}
+    name, channels = trajectory.header["latent_format"], trajectory.latents.shape[2]
+    base = comfy.latent_formats.LatentFormat
+    formats = {k: v for k, v in vars(comfy.latent_formats).items() if isinstance(v, type) and issubclass(v, base)}
     if name not in formats:
         raise ValueError(f"The TRAJECTORY has the latent format {name}, which this ComfyUI does not know; update it.")
+    if formats[name].latent_channels != channels:
+        raise ValueError(
+            f"The TRAJECTORY has {channels} channels, but the latent format {name} has "
+            f"{formats[name].latent_channels}; connect one from an Attune inversion."
+        )
     return formats[name]()
 
 
@@ -437,62 +445,86 @@ OUTPUT = " [output]"  # the host's mark of a file in its output folder
 
 
 def trajectory_files():
-    """Names of the trajectory files in the host's input folder, and in its output folder with the host's mark."""
+    """Names of the trajectory files in the host's input folder, and in its output folder with the host's mark: of all
+    that :func:`trajectory_path` takes."""
     names = []
     for base, mark in ((folder_paths.get_input_directory(), ""), (folder_paths.get_output_directory(), OUTPUT)):
-        found = (p.relative_to(base).as_posix() for p in Path(base).rglob("*" + SUFFIX) if p.is_file())
-        names += sorted(name + mark for name in found)
+        found = sorted(p.relative_to(base).as_posix() for p in Path(base).rglob("*" + SUFFIX))
+        names += [name + mark for name in found if _inside(base, name)]
     return names
+
+
+def _inside(base, name):
+    """The whole file of a name in a folder of the host's, or None where there is none, or elsewhere."""
+    try:
+        name.encode("utf-8")  # else it can be told to no browser
+        path, base = Path(base, name).resolve(), Path(base).resolve()
+        whole = path.is_relative_to(base) and path.is_file() and path.stat().st_size > 0
+    except (OSError, ValueError, RuntimeError):  # too long, NUL, links that go round
+        return None
+    return path if whole else None
 
 
 def trajectory_path(name):
     """Where a name from :func:`trajectory_files` lies. Raises ValueError for one that leads elsewhere or nowhere."""
-    base, inside = folder_paths.get_input_directory(), name
-    if name.endswith(OUTPUT):
-        base, inside = folder_paths.get_output_directory(), name.removesuffix(OUTPUT)
-    path, base = Path(base, inside).resolve(), Path(base).resolve()
-    if not path.is_relative_to(base) or not inside.endswith(SUFFIX):
+    if not isinstance(name, str) or not name.removesuffix(OUTPUT).endswith(SUFFIX):
         raise ValueError(
-            f'"{name}" is no {SUFFIX} file inside ComfyUI\'s input or output folder; choose one from the list of '
-            "Attune Load Trajectory."
+            f'The file "{name}" is no name that ends in {SUFFIX}; choose one from the list of Attune Load Trajectory.'
         )
-    if not path.is_file():
-        raise ValueError(f'There is no trajectory file "{name}"; choose another in Attune Load Trajectory.')
+    output = name.endswith(OUTPUT)
+    base = folder_paths.get_output_directory() if output else folder_paths.get_input_directory()
+    path = _inside(base, name.removesuffix(OUTPUT))
+    if path is None:
+        raise ValueError(
+            f'There is no trajectory file "{name}" inside ComfyUI\'s input or output folder; choose one from the list '
+            "of Attune Load Trajectory."
+        )
     return path
 
 
-def new_trajectory_path(prefix):
-    """A free path in the host's output folder, and its subfolder and name for the interface.
+def save_trajectory(prefix, content):
+    """Writes a trajectory's bytes to a new file in the host's output folder and returns its name there.
 
-    Raises ValueError for a prefix that leads out of the folder.
+    Raises ValueError for a prefix that leads out of the folder, and for what the disk refuses.
     """
-    return _free_path(prefix, folder_paths.get_output_directory(), SUFFIX, "output", "Attune Save Trajectory")
-
-
-def _free_path(prefix, base, suffix, what, node):
-    try:
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, str(base))
-    except Exception as problem:  # the host raises a bare Exception for this
-        raise ValueError(
-            f'The filename_prefix "{prefix}" leads out of ComfyUI\'s {what} folder; give {node} a name inside it.'
-        ) from problem
-    file = f"{name}_{counter:05}_{suffix}"
-    return Path(folder, file), subfolder, file
+    base = folder_paths.get_output_directory()
+    return _write_new(prefix, base, SUFFIX, content, "output", "Attune Save Trajectory")
 
 
 def save_embedding(prefix, vectors):
     """Writes vectors, text encoder's name -> (n, width), to the host's embeddings folder in the form that it reads, and
-    returns how a prompt names them. Raises ValueError for a prefix that leads out of the folder."""
-    folder = Path(folder_paths.get_folder_paths("embeddings")[0])
-    path, subfolder, file = _free_path(prefix, folder, ".safetensors", "embeddings", "Attune Save Learned Word")
-    save_file({"clip_" + name: rows.contiguous() for name, rows in vectors.items()}, path)
-    stem = file.removesuffix(".safetensors")
-    return "embedding:" + (f"{subfolder}/{stem}" if subfolder else stem).replace("\\", "/")
+    returns how a prompt names them. Raises ValueError as :func:`save_trajectory` does."""
+    content = save({"clip_" + name: rows.contiguous() for name, rows in vectors.items()})
+    base, node = folder_paths.get_folder_paths("embeddings")[0], "Attune Save Learned Word"
+    return "embedding:" + _write_new(prefix, base, ".safetensors", content, "embeddings", node).removesuffix(
+        ".safetensors"
+    )
+
+
+def _write_new(prefix, base, suffix, content, what, node):
+    try:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(base))
+        names = (f"{name}_{number:05}_{suffix}" for number in itertools.count(counter))
+        path = disk.write_new(folder, names, content)
+    except (OSError, ValueError) as problem:  # the latter for NUL
+        raise ValueError(
+            f'No file "{prefix}" can be written to ComfyUI\'s {what} folder ({disk.reason(problem)}); make room there, '
+            f"or change filename_prefix in {node}, and run again before ComfyUI ends, since until then it still has "
+            "what was to be saved."
+        ) from problem
+    except Exception as problem:  # the host raises a bare Exception for this
+        raise ValueError(
+            f'The filename_prefix "{prefix}" leads out of ComfyUI\'s {what} folder; give {node} a name inside it.'
+        ) from problem
+    return Path(os.path.abspath(path)).relative_to(os.path.abspath(base)).as_posix()
+
+
+UNFINISHED = ("__attune", "unfinished")  # two underlines keep a folder there from being a user of the host's
 
 
 def unfinished_path(key):
-    """Where an interrupted run is kept; the host empties this folder when it starts."""
-    return Path(folder_paths.get_temp_directory(), "attune", f"{key}.safetensors")
+    """Where a run that ends early is kept: in the host's user folder, which it does not empty when it starts."""
+    return Path(folder_paths.get_user_directory(), *UNFINISHED, f"{key}.safetensors")
 
 
 def each(items):
@@ -515,7 +547,11 @@ def versions():
 
 def content_key(path):
     """A fingerprint of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 # ---- drawing again -----------------------------------------------------------------------------------------------
@@ -541,8 +577,8 @@ def decode(vae, trajectory, latent):
     return vae.decode(_format(trajectory).process_out(latent))
 
 
-def check_latent(model, latent):
-    """Raises ValueError for a LATENT that this MODEL cannot take."""
+def check_latent(model, latent, where):
+    """Raises ValueError for a LATENT that this MODEL cannot take; ``where`` names the input and the node."""
     channels = model.model.latent_format.latent_channels
     shape = tuple(latent.shape)
     if len(shape) != 4 or shape[1] != channels:
@@ -554,3 +590,18 @@ def check_latent(model, latent):
         raise ValueError(
             f"The LATENT has shape {shape} and so holds no picture; feed the node that encodes it at least one image."
         )
+    if not latent.isfinite().all():
+        raise ValueError(
+            "The LATENT has values that are no finite numbers (NaN or infinite), as SDXL's VAE gives in fp16; encode "
+            f"the image again with ComfyUI's --fp32-vae, or by a VAE that is made for fp16, for {where}."
+        )
+
+
+def check_path(path, node):
+    """``path``, latents of a run of ``node``. Raises ValueError where they are no finite numbers."""
+    if not path.isfinite().all():
+        raise ValueError(
+            "The MODEL made latents that are no finite numbers (NaN or infinite), as weights in half precision can; "
+            f"start ComfyUI with --force-fp32, or lower the cfg, for {node}."
+        )
+    return path

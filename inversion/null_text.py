@@ -115,4 +115,11 @@ def learn_step(settings, denoise, step, high, low, x, goal, clean, start, report
     with torch.no_grad():
         empty = denoise(x, high, learned, torch.arange(len(x), device=x.device))
         x = step_down(x, guide(clean, empty, settings.guidance), high, low)
+    check_learned(step, learned, x)
     return learned, x, losses
+
+
+def check_learned(step, *tensors):
+    """Raises FloatingPointError where what a step learned is not finite; after its last update no loss would tell."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise FloatingPointError(f"what step {step + 1} learned is not a finite number")

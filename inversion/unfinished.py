@@ -1,18 +1,22 @@
-"""Learning on a MODEL whose work outlives a Cancel: it is kept in a file of the host's temporary folder."""
+"""Learning on a MODEL whose work outlives a Cancel and a crash: it is kept in a file of the host's user folder."""
 
 import contextlib
+import itertools
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from . import dynamic_prompt, host, null_text
+from . import disk, dynamic_prompt, host, null_text
 from .file import fingerprint
 
 log = logging.getLogger("attune")
+SHARES = 10  # a crash loses a tenth of the steps at most, and as many files are written in all
+FILES, MOST = 8, 1 << 30  # of unfinished work, and bytes of it; 50 steps of SDXL take some 30 MB
 
 
 def learn(model, trajectory, negative, settings, node_id=None):
@@ -114,8 +118,10 @@ class _Run:
 
     def __init__(self, name, remedy, kind, key, steps, node_id):
         self.name, self.remedy, self.kind, self.steps, self.node_id = name, remedy, kind, steps, node_id
-        self.path = host.unfinished_path(fingerprint(*key))
-        self.last = None
+        # The files outlive an update of the pack, which may learn otherwise.
+        self.path = host.unfinished_path(fingerprint(host.VERSION, *key))
+        self.every = -(-steps // SHARES)
+        self.last = self.writer = self.writing = None
 
     def begin(self, fresh, device):
         self.last = found(self.path, self.kind, device) or fresh
@@ -125,7 +131,20 @@ class _Run:
     def follow(self, learning):
         for progress in learning:
             self.last = progress
+            if len(progress) % self.every == 0 and len(progress) < self.steps and self.written():
+                self.writing = self.writer.submit(keep, *_parts(progress), self.path)
         return self.last
+
+    def written(self):
+        """Whether nothing is being written. Tells what went wrong with what was."""
+        if self.writing is None:
+            return True
+        if not self.writing.done():
+            return False
+        if problem := self.writing.exception():
+            self.note(f"what is learned so far could not be kept ({disk.reason(problem)})")
+        self.writing = None
+        return True
 
     def note(self, what):
         log.info("%s: %s.", self.name, what)
@@ -133,37 +152,64 @@ class _Run:
 
     @contextlib.contextmanager
     def kept(self):
-        """In it, what is learned is kept where it ends early; the file is gone where it ends well."""
+        """In it, what is learned is kept every so many steps, in a thread that ends with it, and where it ends early;
+        the file is gone where it ends well."""
         try:
-            yield
+            with ThreadPoolExecutor(1) as self.writer:
+                yield
         except FloatingPointError as problem:
+            self.forget()
             raise ValueError(f"{self.name} broke down: {problem}; lower {self.remedy}.") from problem
         except BaseException:
             if self.last is not None and len(self.last):
                 stopped = f"stopped after step {len(self.last)} of {self.steps}"
                 try:
-                    keep(self.last, self.path)
+                    keep(*_parts(self.last), self.path)
                     self.note(f"{stopped}; the same settings go on from there")
-                except OSError as problem:  # a full disk must not hide why the run stopped
-                    self.note(f"{stopped}, which could not be kept ({problem})")
+                except Exception as problem:  # a full disk must not hide why the run stopped
+                    self.note(f"{stopped}, which could not be kept ({disk.reason(problem)})")
             raise
-        self.path.unlink(missing_ok=True)
+        self.written()
+        self.forget()
+
+    def forget(self):
+        with contextlib.suppress(OSError):
+            self.path.unlink()
 
 
-def keep(progress, path):
-    """Writes ``progress`` to ``path``; a file that is there already is replaced in one go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in progress.tensors().items()}
-    save_file(tensors, part, {"losses": json.dumps(progress.losses)})
-    part.replace(path)
+def _parts(progress):
+    """What a file keeps of ``progress``: tensors on the CPU, taken here since another thread has streams of its own,
+    and JSON."""
+    return {name: tensor.cpu().contiguous() for name, tensor in progress.tensors().items()}, json.dumps(progress.losses)
+
+
+def keep(tensors, losses, path):
+    """Writes what :func:`_parts` gives to ``path``, and removes the oldest of its neighbours where they are too many or
+    too large together. Raises OSError."""
+    digest = fingerprint(losses, *itertools.chain(*sorted(tensors.items())))
+    content = save(tensors, {"losses": losses, "digest": digest})
+    if len(content) > MOST:
+        raise OSError(f"{len(content) >> 20} MB are more than the {MOST >> 20} MB for unfinished work")
+    disk.write_over(path, content)
+    room, others = MOST - len(content), []
+    for other in set(path.parent.glob("*" + path.suffix)) - {path}:
+        with contextlib.suppress(OSError):  # another process may remove it, too
+            others.append((other.stat().st_mtime, other.stat().st_size, other))
+    for number, (_, size, other) in enumerate(sorted(others, reverse=True), 2):
+        room -= size
+        if number > FILES or room < 0:
+            with contextlib.suppress(OSError):
+                other.unlink()
 
 
 def found(path, kind, device="cpu"):
-    """The Progress of a ``kind`` in ``path``, or None where there is none or it cannot be read."""
+    """The Progress of a ``kind`` in ``path``, or None where there is none or it is not as it was written."""
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
-            return kind.restored(tensors, json.loads(file.metadata()["losses"]))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            about = file.metadata()
+        if about["digest"] != fingerprint(about["losses"], *itertools.chain(*sorted(tensors.items()))):
+            return None
+        return kind.restored({name: t.to(device) for name, t in tensors.items()}, json.loads(about["losses"]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
         return None

@@ -279,6 +279,7 @@ class AttuneIntermediate(io.ComfyNode):
             None,
             seed,
         )
+        runs.check_path(path, name)
         header = {
             **runs.describe_model(model), "method": "intermediate", "prompt": schema.caption(cls, "target"),
             "seed": seed, "guidance": guidance, "source": fingerprint(trajectory.sigmas, trajectory.latents),

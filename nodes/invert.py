@@ -125,7 +125,7 @@ class AttuneDDIMInversion(io.ComfyNode):
     ):  # fmt: skip
         check_plain(model)
         picture = latent["samples"]
-        host.check_latent(model, picture)
+        host.check_latent(model, picture, "latent of Attune DDIM Inversion")
         if guidance == 1:
             negative = None
         elif negative is None:
@@ -149,6 +149,7 @@ class AttuneDDIMInversion(io.ComfyNode):
             return ddim.invert(denoise, start, sigmas, epsilon, lowest, report, refine)
 
         path = host.walk(model, conditioning, picture, sigmas, body, negative, guidance).cpu()
+        host.check_path(path, "Attune DDIM Inversion")
         header = {
             **host.describe_model(model), "method": "ddim", "grid": grid, "epsilon": epsilon, "refine": refine,
             "guidance": guidance, "prompt": schema.caption(cls, "conditioning"),
@@ -341,6 +342,7 @@ class AttuneDirectInversion(io.ComfyNode):
 
         start = host.host_latent(trajectory, 0)
         path = host.walk(model, trajectory.conditioning, start, trajectory.sigmas, body, negative, guidance).cpu()
+        host.check_path(path, "Attune Direct Inversion")
         return io.NodeOutput(replace(trajectory, latents=path, header={**header, "direct_guidance": guidance}))
 
 
@@ -436,12 +438,13 @@ class AttuneRecordTrajectory(io.ComfyNode):
                 "Attune Record Trajectory, without Flip Sigmas."
             )
         picture = host.fitting_latent(model, latent_image["samples"])
-        host.check_latent(model, picture)
+        host.check_latent(model, picture, "latent_image of Attune Record Trajectory")
         latent = {**latent_image, "samples": picture}
         noise = host.noise_for(latent, noise_seed) if add_noise else picture.new_zeros(picture.shape, device="cpu")
         samples, path = host.record(
             model, noise, cfg, sampler, sigmas, positive, negative, picture, latent.get("noise_mask"), noise_seed
         )
+        host.check_path(path, "Attune Record Trajectory")
         prompt = schema.caption(cls, "positive")
         seed = noise_seed if add_noise else None
         header = {**host.describe_model(model), "method": "recorded", "guidance": cfg, "prompt": prompt, "seed": seed}

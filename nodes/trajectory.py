@@ -1,5 +1,7 @@
 """What to do with a trajectory: keep it in a file, start part of the way down, see how well it holds."""
 
+import math
+
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
@@ -7,6 +9,7 @@ from ..attention_patches.host import check_plain, check_texts
 from ..inversion import file as files
 from ..inversion import host, report
 from ..inversion.trajectory import check_whole, negative_of
+from ..messages import legible
 from . import schema, sheet
 from .edit import check_model
 
@@ -46,10 +49,8 @@ class AttuneSaveTrajectory(io.ComfyNode):
 
     @classmethod
     def execute(cls, trajectory, filename_prefix):
-        path, subfolder, name = host.new_trajectory_path(filename_prefix)
-        files.save(trajectory, path, host.versions())
-        listed = f"{subfolder}/{name}" if subfolder else name
-        return io.NodeOutput(listed.replace("\\", "/") + host.OUTPUT, ui={"text": (f"saved as {listed}",)})
+        name = host.save_trajectory(filename_prefix, files.packed(trajectory, host.versions()))
+        return io.NodeOutput(name + host.OUTPUT, ui={"text": (f"saved as {name}",)})
 
 
 class AttuneLoadTrajectory(io.ComfyNode):
@@ -84,15 +85,18 @@ class AttuneLoadTrajectory(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file):
+        if file is None:  # linked, and not known before it runs
+            return True
         try:
             host.trajectory_path(file)
         except ValueError as problem:
-            return str(problem)
+            return legible(str(problem))
         return True
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        return host.content_key(host.trajectory_path(file))
+        # Nobody knows yet what a linked name will be, so its file is read each time: NaN is never what it was.
+        return math.nan if file is None else host.content_key(host.trajectory_path(file))
 
     @classmethod
     def execute(cls, file):
@@ -240,7 +244,7 @@ class AttuneInversionReport(io.ComfyNode):
         rows = []
         pinned = report.Row("pinned source", host.decode(vae, trajectory, trajectory.latents[-1]))
         for name, scale in (("guidance 1", 1.0), (f"guidance {guidance:g}", guidance)):
-            path = host.draw_again(model, trajectory, negative, scale)
+            path = host.check_path(host.draw_again(model, trajectory, negative, scale), "Attune Inversion Report")
             rows.append(report.Row(name, host.decode(vae, trajectory, path[-1]), report.drift_of(path, trajectory)))
         true = report.fit(schema.rgb(image), pinned.pictures)
         ceiling = report.Row("VAE alone", vae.decode(vae.encode(true)))

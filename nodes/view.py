@@ -21,7 +21,7 @@ LATENT_SEED = 0
 
 def noised_path(model, latent):
     """A finished picture with one fixed noise at every level of the host's schedule, in a trajectory's form."""
-    runs.check_latent(model, latent["samples"])
+    runs.check_latent(model, latent["samples"], "latent of Attune Attention Maps")
     sigmas = runs.schedule(model, LATENT_STEPS, runs.HOST_GRID)
     clean = runs.to_model_scale(model, latent["samples"]).float().cpu()
     path = maps.noised(clean, runs.noise_for(latent, LATENT_SEED), sigmas)

@@ -65,7 +65,7 @@ def source(bench):
 def folders(tmp_path, monkeypatch):
     """What nodes write goes here."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
     return tmp_path
 
 

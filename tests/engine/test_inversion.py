@@ -1,6 +1,10 @@
 """The inversion nodes on real MODELs: what they learn and record, what they leave as it was, what they refuse."""
 
 import gc
+import os
+import shutil
+import threading
+import time
 import types
 from dataclasses import replace
 
@@ -16,6 +20,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
+from safetensors.torch import load_file
 
 import nodes as stock
 from attune.attention_patches.host import PROMPT
@@ -52,7 +57,7 @@ def inverted(bench, latent):
 @pytest.fixture(autouse=True)
 def temporary(tmp_path, monkeypatch):
     """The host's folders, away from the ones in use."""
-    for name in ("input", "output", "temp"):
+    for name in ("input", "output", "user"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
     return tmp_path
@@ -355,7 +360,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(bench, inverted, temporary)
     with pytest.raises(InterruptProcessingException):
         null_text(bench, inverted)
     handle.remove()
-    (kept,) = (temporary / "temp").rglob("*.safetensors")
+    (kept,) = (temporary / "user").rglob("*.safetensors")
     handle, calls = fail_at(bench, 0, None)
     assert torch.equal(null_text(bench, inverted)[0].nulls, whole)
     handle.remove()
@@ -371,23 +376,85 @@ def test_what_was_learned_for_other_settings_is_not_used(bench, inverted, tempor
     null_text(bench, inverted, guidance=5.0)
     handle.remove()
     assert len(calls) == STEPS * 5
-    for file in (temporary / "temp").rglob("*.safetensors"):
+    for file in (temporary / "user").rglob("*.safetensors"):
         file.write_bytes(b"damaged")
     null_text(bench, inverted)  # begins anew
 
 
-def test_a_full_disk_does_not_hide_the_cancel(bench, inverted, monkeypatch):
-    def full(progress, path):
-        raise OSError("No space left on device")
-
+def test_a_disk_that_takes_nothing_does_not_hide_the_cancel(bench, inverted, temporary, monkeypatch):
     said = []
-    monkeypatch.setattr(unfinished, "keep", full)
+    shutil.rmtree(temporary / "user")
+    (temporary / "user").write_text("no folder")
     monkeypatch.setattr(runs, "say", lambda node, text: said.append(text))
     handle, _ = fail_at(bench, 13, InterruptProcessingException())
     with pytest.raises(InterruptProcessingException):
         null_text(bench, inverted)
     handle.remove()
-    assert "could not be kept (No space left on device)" in said[-1]
+    assert said[-1] == "stopped after step 2 of 5, which could not be kept (Not a directory)"
+    assert "what is learned so far could not be kept (Not a directory)" in said
+    whole = null_text(bench, inverted)[0]  # nor does it hinder a run that ends well
+    assert whole.nulls.isfinite().all()
+
+
+def steps_kept(folder):
+    (kept,) = (folder / "user").rglob("*.safetensors")
+    return len(load_file(kept)["nulls"])
+
+
+def test_work_is_kept_while_it_goes_on(bench, inverted, temporary, monkeypatch):
+    """As much as a kill would leave, since a killed run writes nothing any more."""
+    seen = []
+
+    def look(node, text):
+        if "update 3" in text:
+            for thread in threading.enumerate():
+                if thread.name.startswith("ThreadPoolExecutor"):
+                    wait_for_file(temporary / "user")
+                    seen.append((text.split(",")[0], steps_kept(temporary)))
+
+    monkeypatch.setattr(runs, "say", look)
+    null_text(bench, inverted)
+    assert [step for step, _ in seen] == [f"step {n} of 5" for n in (2, 3, 4, 5)]
+    # A file may be a step behind, where the next was done before it was written.
+    assert all(n - 1 in (kept, kept + 1) for n, (_, kept) in enumerate(seen, 2))
+    assert not list((temporary / "user").rglob("*.*"))
+    assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+
+
+def wait_for_file(folder):
+    deadline = time.monotonic() + 60
+    while not list(folder.rglob("*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_kept_file_that_was_damaged_is_not_used(bench, inverted, temporary):
+    whole = null_text(bench, inverted)[0].nulls
+    handle, _ = fail_at(bench, 13, InterruptProcessingException())
+    with pytest.raises(InterruptProcessingException):
+        null_text(bench, inverted)
+    handle.remove()
+    (kept,) = (temporary / "user").rglob("*.safetensors")
+    content = kept.read_bytes()
+    kept.write_bytes(content[:-1] + bytes([content[-1] ^ 64]))
+    handle, calls = fail_at(bench, 0, None)
+    assert torch.equal(null_text(bench, inverted)[0].nulls, whole)
+    handle.remove()
+    assert len(calls) == STEPS * 5
+
+
+def test_unfinished_work_takes_bounded_room(tmp_path, monkeypatch):
+    """The oldest makes room; what alone is too large is not written."""
+    paths = [tmp_path / f"{number}.safetensors" for number in range(12)]
+    for number, path in enumerate(paths):
+        unfinished.keep({"x": torch.zeros(1000)}, "[]", path)
+        os.utime(path, (number, number))
+    assert sorted(tmp_path.iterdir()) == sorted(paths[-unfinished.FILES :])
+    monkeypatch.setattr(unfinished, "MOST", 3 * paths[-1].stat().st_size + 100)
+    unfinished.keep({"x": torch.zeros(1000)}, "[]", paths[0])
+    assert sorted(tmp_path.iterdir()) == sorted([paths[0], *paths[-2:]])
+    with pytest.raises(OSError, match="more than the 0 MB for unfinished work"):
+        unfinished.keep({"x": torch.zeros(4000)}, "[]", paths[0])
+    assert len(load_file(paths[0])["x"]) == 1000, "what was there before is gone"
 
 
 def test_cancel_is_seen_in_the_inner_loop(bench, inverted):
@@ -619,6 +686,40 @@ def test_a_trajectory_survives_a_file(bench, inverted, temporary):
         for ours, theirs in zip(back.conditioning + back.negative, made.conditioning + made.negative, strict=True):
             assert torch.equal(ours[0], theirs[0]) and ours[1].keys() == theirs[1].keys()
     assert len(runs.trajectory_files()) == 3
+
+
+NOT_FINITE = "no finite numbers (NaN or infinite)"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_a_latent_that_is_no_picture_is_refused_where_it_comes_in(bench, latent, value):
+    broken = latent["samples"].clone()
+    broken[..., 3, 3] = value
+    broken = {"samples": broken}
+    with pytest.raises(ValueError) as error:
+        ddim(bench, broken)
+    one_sentence(error, NOT_FINITE, "--fp32-vae", "latent of Attune DDIM Inversion")
+    with pytest.raises(ValueError) as error:
+        record(bench, latent=broken)
+    one_sentence(error, NOT_FINITE, "latent_image of Attune Record Trajectory")
+
+
+@pytest.mark.parametrize("run", [ddim, lambda bench, latent: record(bench, latent=latent)], ids=["ddim", "record"])
+def test_a_model_that_breaks_down_is_told(bench, latent, run):
+    handle = bench.model.model.diffusion_model.register_forward_hook(lambda *args: args[-1] * float("nan"))
+    try:
+        with pytest.raises(ValueError) as error:
+            run(bench, latent)
+    finally:
+        handle.remove()
+    one_sentence(error, NOT_FINITE, "--force-fp32")
+
+
+def test_embeddings_that_break_down_in_the_last_update_are_told(bench, inverted):
+    """No loss is computed after it, so the embeddings themselves have to tell."""
+    with pytest.raises(ValueError) as error:
+        null_text(bench, inverted, inner=1, rate=1e38)
+    one_sentence(error, "step 1", "not a finite number", "lower learning_rate in Attune Null-Text Inversion")
 
 
 def test_what_a_loaded_trajectory_was_made_under(bench, inverted):

@@ -47,7 +47,7 @@ def folders(tmp_path_factory):
     """The host's folders, away from the ones in use."""
     base = tmp_path_factory.mktemp("host")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("input", "output", "temp"):
+        for name in ("input", "output", "user"):
             (base / name).mkdir()
             patch.setattr(folder_paths, f"{name}_directory", str(base / name))
         (base / "embeddings").mkdir()
@@ -96,7 +96,7 @@ def once(short):
 def nothing_unfinished(folders):
     """What a test leaves to go on from is not for the next."""
     yield
-    shutil.rmtree(folders / "temp" / "attune", ignore_errors=True)
+    shutil.rmtree(folders / "user" / "__attune", ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -716,7 +716,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(bench, short, background, t
     with pytest.raises(InterruptProcessingException):
         learn(bench, short, background=background)
     handle.remove()
-    (kept,) = (folders / "temp").rglob("*.safetensors")
+    (kept,) = (folders / "user").rglob("*.safetensors")
     handle, calls = fail_at(bench, 0, None)
     again = learn(bench, short, background=background)
     handle.remove()

@@ -39,10 +39,14 @@ def with_words(nulls=True):
     return replace(made(nulls), learned=LearnedWords("a cat and a dog", WORDS, POSITIONS, vectors), windows=windows)
 
 
+def save(trajectory, path):
+    path.write_bytes(file.packed(trajectory, {"attune": "1"}))
+
+
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "t.trajectory.safetensors"
-    file.save(made(), path, {"attune": "1"})
+    save(made(), path)
     return path
 
 
@@ -58,7 +62,7 @@ def refused(path, *parts):
 @pytest.mark.parametrize("nulls", [True, False])
 def test_the_same_again(tmp_path, nulls):
     path = tmp_path / "t.trajectory.safetensors"
-    file.save(made(nulls), path, {})
+    save(made(nulls), path)
     ours, back = made(nulls), file.load(path)
     assert torch.equal(ours.sigmas, back.sigmas) and torch.equal(ours.latents, back.latents)
     assert (ours.nulls is None and back.nulls is None) or torch.equal(ours.nulls, back.nulls)
@@ -73,7 +77,7 @@ def test_the_same_again(tmp_path, nulls):
 def test_learned_words_survive_a_file(tmp_path, nulls):
     path = tmp_path / "t.trajectory.safetensors"
     ours = with_words(nulls)
-    file.save(ours, path, {})
+    save(ours, path)
     back = file.load(path)
     a, b = ours.learned, back.learned
     assert (a.prompt, a.words, a.positions) == (b.prompt, b.words, b.positions) and a.vectors.keys() == b.vectors.keys()
@@ -85,7 +89,7 @@ def test_a_file_without_learned_words_is_as_old_packs_wrote_it(tmp_path):
     """So that these packs still read it; one with learned words they must refuse, since they would lose them."""
     for trajectory, number in ((made(), 1), (with_words(), 2)):
         path = tmp_path / "t.trajectory.safetensors"
-        file.save(trajectory, path, {})
+        save(trajectory, path)
         with safe_open(path, "pt") as opened:
             about = json.loads(opened.metadata()["attune"])
         assert about["format"] == number and ("learned" in about) == (number == 2)
@@ -130,7 +134,7 @@ def test_one_plain_safetensors_file(saved):
 def test_any_changed_byte_is_seen(at, value):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "t.trajectory.safetensors")
-        file.save(made(), path, {})
+        save(made(), path)
         content = bytearray(path.read_bytes())
         content[at % len(content)] ^= value
         path.write_bytes(content)
@@ -142,7 +146,7 @@ def test_any_changed_byte_is_seen(at, value):
 def test_any_cut_is_seen(length):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "t.trajectory.safetensors")
-        file.save(made(), path, {})
+        save(made(), path)
         content = path.read_bytes()
         path.write_bytes(content[: length % len(content)])
         refused(path)
@@ -164,7 +168,7 @@ def rewritten(path, change):
         about = json.loads(opened.metadata()["attune"])
     about.pop("digest")
     change(tensors, about)
-    about["digest"] = file._digest(about, tensors)
+    about["digest"] = file.fingerprint(about, *(part for name in sorted(tensors) for part in (name, tensors[name])))
     save_file(tensors, path, {"attune": json.dumps(about)})
 
 
@@ -242,7 +246,7 @@ FORGED_WORDS = {
 @pytest.mark.parametrize("forged", FORGED_WORDS)
 def test_learned_words_that_contradict_themselves_are_refused(tmp_path, forged):
     path = tmp_path / "t.trajectory.safetensors"
-    file.save(with_words(nulls=False), path, {})
+    save(with_words(nulls=False), path)
     change, said = FORGED_WORDS[forged]
     rewritten(path, change)
     refused(path, said)
