@@ -50,6 +50,7 @@ RUN = "attune_run"  # in transformer_options while sampling: what this run has g
 PROMPT = "attune_prompt"  # in a conditioning's dictionary: the prompt it was encoded from
 TEXT, SEED = "attune_text", "attune_seed"  # there too: what a part is drawn from, for people to read
 END = 49407  # CLIP's end token, which also pads
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # what CLIP's vocabulary writes each byte as
 CACHE = "attune_cache"  # in transformer_options: the FeatureCache that the user put on MODEL, if any
 RIDERS = "attune_riders"  # in transformer_options: references that are to be rows of the target's call
 ROLE = "attune_role"  # among a conditioning's model_conds: which edit its rows belong to, or one of these two
@@ -88,8 +89,7 @@ def read_words(clip, prompt):
 
 def _letters(text):
     """A word of CLIP's vocabulary as people write it; the vocabulary is in bytes, each as one printable letter."""
-    table = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    return bytes(table[c] for c in text).decode("utf-8", "replace") if set(text) <= set(table) else text
+    return bytes(BYTES[c] for c in text).decode("utf-8", "replace") if BYTES.keys() >= set(text) else text
 
 
 def read_nouns(clip, text):
