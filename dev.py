@@ -14,8 +14,8 @@
                                                 edit-parity, self-parity; what attention maps know: probing;
                                                 dynamic-prompt: where learned words look; edits from a sketch: fusion;
                                                 everything side by side: run, over ComfyUI servers and data sets;
-                                                faithfulness; time; full-size; the help pages: pictures; the icon and
-                                                banner: emblem
+                                                faithfulness; time; full-size; workflows with mistakes in them: graphs;
+                                                the help pages: pictures; the icon and banner: emblem
     python3 dev.py python ARGS                  the environment's Python with ComfyUI importable
 
 Set COMFYUI_PATH (and COMFYUI_PYTHON, if its Python is not found beside it) to use a ComfyUI that you have: nothing is
@@ -59,7 +59,7 @@ BENCHES = {
     "edit-parity": "benchmark.editing_parity", "self-parity": "benchmark.self_parity", "probing": "benchmark.probing",
     "dynamic-prompt": "benchmark.dynamic_prompt", "fusion": "benchmark.fusion", "run": "benchmark.runner",
     "faithfulness": "benchmark.faithfulness", "full-size": "benchmark.full_size", "time": "benchmark.timing",
-    "pictures": "benchmark.pictures", "emblem": "benchmark.emblem",
+    "pictures": "benchmark.pictures", "emblem": "benchmark.emblem", "graphs": "benchmark.graphs",
 }  # fmt: skip
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 

@@ -55,6 +55,7 @@ PROMPT = "attune_prompt"  # in a conditioning's dictionary: the prompt it was en
 TEXT, SEED = "attune_text", "attune_seed"  # there too: what a part is drawn from, for people to read
 END = 49407  # CLIP's end token, which also pads
 NULL_CFG = "attune_null_cfg"  # in a negative's dictionary: the cfg that inversion/trajectory.py says it was learned for
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # what CLIP's vocabulary writes each byte as
 CACHE = "attune_cache"  # in transformer_options: the FeatureCache that the user put on MODEL, if any
 RIDERS = "attune_riders"  # in transformer_options: references that are to be rows of the target's call
 PICTURES = "attune_pictures"  # there too: which picture of the sampler's latent each row of a call draws
@@ -125,8 +126,7 @@ def _encodable(text):
 
 def _letters(text):
     """A word of CLIP's vocabulary as people write it; the vocabulary is in bytes, each as one printable letter."""
-    table = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    return bytes(table[c] for c in text).decode("utf-8", "replace") if set(text) <= set(table) else text
+    return bytes(BYTES[c] for c in text).decode("utf-8", "replace") if BYTES.keys() >= set(text) else text
 
 
 def read_nouns(clip, text, where="the Attune node"):
