@@ -128,7 +128,7 @@ def _build(tensors, about):
     header, steps, windows = about.get("header"), about.get("steps"), about.get("windows")
     if not isinstance(header, dict) or not all(isinstance(header.get(k), kind) for k, kind in HEADER.items()):
         raise _Unfit("does not say what it was made with")
-    if not all(isinstance(v, int | float) for v in header["weights"]):
+    if not _tells_of_model(header):
         raise _Unfit("does not say what it was made with")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
@@ -156,6 +156,21 @@ def _build(tensors, about):
         sigmas.float(), latents.float(), steps, header, **lists, nulls=nulls, windows=tuple(windows or ()),
         learned=learned,
     )  # fmt: skip
+
+
+def _tells_of_model(header):
+    """Whether what a header says of weights and sampling are values that two models can be compared by; files of older
+    versions say less of them."""
+    lists = header["weights"], header.get("probes", []), header.get("timesteps", [])
+    kind = getattr(torch, str(header.get("dtype", "float32")), None)
+    return (
+        all(isinstance(one, list) for one in lists)
+        and all(v is None or isinstance(v, int | float) and abs(v) < 1e30 for v in [*lists[0], *lists[1]])
+        and all(isinstance(v, int | float) and abs(v) < 1e30 for v in lists[2])
+        and ("sampling" in header) == ("timesteps" in header)
+        and isinstance(kind, torch.dtype)
+        and kind.is_floating_point
+    )
 
 
 def _learned(told, vectors, shape):
