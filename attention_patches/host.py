@@ -53,6 +53,7 @@ KEY = "attune"  # of the spec in transformer_options and of our wrappers
 RUN = "attune_run"  # in transformer_options while sampling: what this run has gathered
 PROMPT = "attune_prompt"  # in a conditioning's dictionary: the prompt it was encoded from
 TEXT, SEED = "attune_text", "attune_seed"  # there too: what a part is drawn from, for people to read
+PIXELS = 8  # of an image to a latent's one, each way
 END = 49407  # CLIP's end token, which also pads
 NULL_CFG = "attune_null_cfg"  # in a negative's dictionary: the cfg that inversion/trajectory.py says it was learned for
 BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # what CLIP's vocabulary writes each byte as
@@ -341,9 +342,9 @@ def check_unet(model):
     theirs, ours = unet.in_channels, model.model.latent_format.latent_channels
     if theirs != ours and not model.model.concat_keys:
         raise ValueError(
-            f"The MODEL is a {type(model.model).__name__} that reads {theirs} channels, {theirs - ours} of them of "
-            "another picture, but Attune edits with models that draw from text alone and with inpainting models "
-            "(SD 1.x, SD 2.x, SDXL); load such a checkpoint in the loader that feeds this node."
+            f"The MODEL is an image-conditioned {type(model.model).__name__} of {theirs} channels (as InstructPix2Pix, "
+            "upscalers and SVD are), but Attune edits with models that generate from text alone and with inpainting "
+            "models (SD 1.x, SD 2.x, SDXL); load such a checkpoint in the loader that feeds this node."
         )
 
 
@@ -353,8 +354,8 @@ def check_texts(model, *conditionings):
     for width in (text.shape[-1] for conditioning in conditionings for text, _ in conditioning):
         if width != wanted:
             raise ValueError(
-                f"The text is {width} numbers wide, but the MODEL reads texts of {wanted}; connect the CLIP of the "
-                "MODEL's own checkpoint to this node and to CLIP Text Encode."
+                f"The CLIP belongs to another model family (its texts are {width} wide, the MODEL needs {wanted}); "
+                "connect the CLIP of the MODEL's own checkpoint to this node and to CLIP Text Encode."
             )
 
 
@@ -414,9 +415,9 @@ def install(model, references, controllers=(), blends=()):
         same = _prompt(other) == _prompt(reference) and len(other.conditioning) == len(reference.conditioning)
         if not same or not torch.equal(other.latents, reference.latents):
             raise ValueError(
-                f'The MODEL already carries an edit whose "{reference.name}" is another TRAJECTORY or prompt; chained '
-                "edits share both, so give the same TRAJECTORY and source prompt to each Attune edit node, and put "
-                "Attune Prompt Reweight behind Attune Prompt Swap or Refine."
+                "Chained Attune edits must share one TRAJECTORY and source prompt, but the MODEL's "
+                f'"{reference.name}" has others already; give the same TRAJECTORY and source prompt to each Attune edit '
+                "node, and put Attune Prompt Reweight behind Attune Prompt Swap or Refine."
             )
     taken = {c.prompt for c in spec.controllers if c.replaces_words}
     for controller in controllers:
@@ -949,14 +950,19 @@ def _refuse_area(cond):
         )
 
 
+def _pixels(channels, height, width):
+    """The size of a latent's image as users know it; the channels where they are not Stable Diffusion's."""
+    size = f"{PIXELS * width}x{PIXELS * height} pixels"
+    return size if channels == 4 else f"{size} and {channels} latent channels"
+
+
 def _check_fit(reference, x, first_sigma):
     pictures, channels, height, width = x.shape
     ours, *size = reference.latents.shape[1:]
     if size != [channels, height, width]:
         raise ValueError(
-            f"The TRAJECTORY holds latents of {size[0]} channels and {size[2]}x{size[1]}, but the sampler draws "
-            f"{channels} channels and {width}x{height}; connect the LATENT of the node that made the TRAJECTORY to the "
-            "sampler."
+            f"The TRAJECTORY is of {_pixels(*size)}, but the sampler generates {_pixels(channels, height, width)}; "
+            "connect the LATENT of the node that made the TRAJECTORY to the sampler."
         )
     if ours not in (1, pictures):
         raise ValueError(

@@ -207,6 +207,7 @@ VALUES = {
     ),
     **dict.fromkeys(("start_percent", "end_percent"), _is_share),
     **dict.fromkeys(("strength", "mask_strength"), _is_strength),
+    "attune_null_cfg": lambda value: _is_number(value, 0, 1000),
     **dict.fromkeys(("set_area_to_bounds", "default"), lambda value: isinstance(value, bool)),
 }
 # The same of tensors, with a shape each: B pictures, C channels, any number n of texts, and what is None is any.
@@ -266,7 +267,22 @@ def _is_header(header):
         return False
     wanted = HEADER | {key: kind for key, kind in MAY_BE_UNKNOWN.items() if header.get(key) is not None}
     fits = all(type(header.get(key)) is kind for key, kind in wanted.items())
-    return fits and all(map(_is_number, header["weights"]))
+    return fits and _tells_of_model(header) and _is_number(header.get("null_text_guidance", 1))
+
+
+def _tells_of_model(header):
+    """Whether what a header says of weights and sampling are values that two models can be compared by; files of older
+    versions say less of them."""
+    weights, probes, timesteps = header["weights"], header.get("probes", []), header.get("timesteps", [])
+    kind = getattr(torch, str(header.get("dtype", "float32")), None)
+    return (
+        all(isinstance(one, list) for one in (probes, timesteps))
+        and all(v is None or _is_number(v, -1e30, 1e30) for v in [*weights, *probes])
+        and all(_is_number(v, -1e30, 1e30) for v in timesteps)
+        and ("sampling" in header) == ("timesteps" in header)
+        and isinstance(kind, torch.dtype)
+        and kind.is_floating_point
+    )
 
 
 def _is_plain(value, depth):

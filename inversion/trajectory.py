@@ -190,6 +190,8 @@ def weight_distance(one, other):
 
 def _same_timesteps(one, other):
     ours, theirs = torch.tensor(one["timesteps"]), torch.tensor(other["timesteps"])
+    if ours.shape != theirs.shape:
+        return False
     return float((ours - theirs).abs().max()) <= SAME_STEPS * float(theirs.max() - theirs.min())
 
 

@@ -346,8 +346,8 @@ def check_pair(source, intermediate):
     """Raises ValueError for an intermediate that does not go with the source."""
     if not intermediate.conditioning or not intermediate.negative:
         raise ValueError(
-            "The intermediate TRAJECTORY holds no prompt or no negative, but Attune Masked Fusion draws with both; "
-            "connect the one from Attune Intermediate."
+            "The intermediate TRAJECTORY was made without a target or a negative CONDITIONING, but Attune Masked "
+            "Fusion samples with both; connect the one from Attune Intermediate."
         )
     same = source.sigmas.shape == intermediate.sigmas.shape and torch.allclose(source.sigmas, intermediate.sigmas)
     if not same or source.latents.shape != intermediate.latents.shape:

@@ -329,8 +329,8 @@ class AttuneDirectInversion(io.ComfyNode):
             return io.NodeOutput(replace(trajectory, header=header))
         if model is None or negative is None:
             raise ValueError(
-                f"every is {every} and scale {scale:g}, for which the source is drawn anew; connect model and negative "
-                "to Attune Direct Inversion, or set both to 1."
+                f"With every {every} and scale {scale:g} the source is sampled between pins, for which a model and a "
+                "negative are needed; connect both to Attune Direct Inversion, or set every and scale to 1."
             )
         check_plain(model)
         check_texts(model, negative)

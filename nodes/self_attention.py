@@ -247,13 +247,13 @@ class AttuneMutualSelfAttention(io.ComfyNode):
             )
         if (goes or target_mask is not None) and not lies and source_mask is None:
             raise ValueError(
-                "The object is known in the new picture but not in the source; connect a source_mask to Attune Mutual "
-                "Self-Attention, or fill in its source_words."
+                "target_mask and target_words need a source_mask or source_words too, to find the object in the "
+                "source; connect a source_mask to Attune Mutual Self-Attention, or fill in its source_words."
             )
         if lies and not goes and target_mask is None:
             raise ValueError(
-                f'The object "{source_words}" is known in the source but not in the new picture; fill in target_words '
-                "on Attune Mutual Self-Attention, or connect a target_mask to it."
+                f'source_words "{source_words}" need target_words or a target_mask too, to find the object in the '
+                "edit; fill in target_words on Attune Mutual Self-Attention, or connect a target_mask to it."
             )
         if source_mask is not None:
             check_painted(

@@ -427,7 +427,7 @@ def _check_losses(settings, words, outside):
     several = words > 1 and (settings.balance or settings.disjoint)
     if not several and (outside[0] is None or not settings.background):
         raise ValueError(
-            f"With {words} noun{'s' * (words > 1)} and these weights nothing is left to learn by; mark a second noun, "
+            f"With {words} noun{'s' * (words > 1)} and these weights no loss is active; mark a second noun, "
             "connect a background mask to Attune Dynamic Prompt, or raise the weight of a loss there."
         )
 

@@ -194,7 +194,7 @@ class AttuneAttentionMaps(io.ComfyNode):
         if (trajectory is None) == (latent is None):
             raise ValueError(
                 f"Attune Attention Maps has {'no' if latent is None else 'both a'} trajectory "
-                f"{'or' if latent is None else 'and a'} latent, but looks into one picture; connect one of them."
+                f"{'or' if latent is None else 'and a'} latent, but shows the maps of one image; connect one of them."
             )
         if trajectory is None:
             trajectory = noised_path(model, latent)

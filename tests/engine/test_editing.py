@@ -128,11 +128,11 @@ def test_a_second_edit_of_words_is_refused(bench):
 
 def test_an_edit_of_another_source_is_refused(bench):
     edited, _ = prompt_reweight(bench, 1)  # alone, on the source's own caption
-    with pytest.raises(ValueError, match="another TRAJECTORY or prompt; .* put Attune Prompt Reweight behind"):
+    with pytest.raises(ValueError, match="share one TRAJECTORY and source prompt, .* put Attune Prompt Reweight"):
         prompt_swap(bench, 1, model=edited, source=TARGET, target=SOURCE)
     other = replace(bench.trajectory, latents=bench.trajectory.latents + 1)
     edited, _ = prompt_swap(bench, 1)
-    with pytest.raises(ValueError, match="another TRAJECTORY or prompt"):
+    with pytest.raises(ValueError, match="must share one TRAJECTORY and source prompt"):
         outputs(AttunePromptReweight, edited, bench.clip, other, TARGET, "yellow: 2", *WINDOWS)
 
 

@@ -392,7 +392,7 @@ def test_models_and_texts_of_two_families(bench):
     prompts = SOURCE, TARGET, 0.0, 0.8, 0.0, 0.4, 1024
     with pytest.raises(ValueError, match="TRAJECTORY was made with model family .* but the MODEL is SD15"):
         outputs(edit.AttunePromptSwap, demo[0], demo[1], bench.trajectory, *prompts)
-    wrong = r"The text is 128 numbers wide, but the MODEL reads texts of 48; connect the CLIP"
+    wrong = r"another model family \(its texts are 128 wide, the MODEL needs 48\); connect the CLIP"
     picture = {"samples": torch.zeros(1, 4, 16, 12)}
     mine, theirs, made = bench.model, demo[1], bench.trajectory
     caption = bench.but(clip=theirs).text(SOURCE)
@@ -430,7 +430,7 @@ def of_another_kind(kind, settings):
 
 
 TRANSFORMERS = "but Attune steers the attention of Stable Diffusion UNets"
-PICTURES = "channels, 4 of them of another picture, but Attune edits with models that draw from text alone"
+PICTURES = "image-conditioned .* but Attune edits with models that generate from text alone"
 MMDIT = {
     "input_size": None, "patch_size": 2, "in_channels": 16, "depth": 1, "pos_embed_max_size": 32,
     "adm_in_channels": 64, "context_embedder_config": {

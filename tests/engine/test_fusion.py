@@ -594,7 +594,7 @@ def test_a_pair_that_does_not_fit_is_refused(small, small_led):
         (replace(made, sigmas=made.sigmas[1:], latents=made.latents[1:]), "the intermediate has 2 steps"),
         (replace(made, sigmas=made.sigmas * 0.9), "make the intermediate with Attune Intermediate"),
         (replace(made, latents=made.latents.repeat(1, 2, 1, 1, 1)), "for 2 pictures"),
-        (replace(made, negative=[]), "no prompt or no negative"),
+        (replace(made, negative=[]), "without a target or a negative"),
         (replace(made, header={**made.header, "source": "another"}), "another source"),
     ):
         with refused(match):

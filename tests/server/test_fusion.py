@@ -148,7 +148,7 @@ CASES = {
         BY_SKETCH, source_of(FUSION, seed=5), FUSION, "The intermediate was drawn beside another source than the one"
     ),
     "a source in the intermediate's place": (
-        BY_SKETCH, intermediate_for_a_source, FUSION, "The intermediate TRAJECTORY holds no prompt or no negative, but"
+        BY_SKETCH, intermediate_for_a_source, FUSION, "The intermediate TRAJECTORY was made without a target or a"
     ),
     "a layer of the intermediate that is not there": (
         BY_SKETCH, change(INTERMEDIATE, layer=16), INTERMEDIATE, "of Attune Intermediate go to 16, but the MODEL has 16"

@@ -60,7 +60,27 @@ def unknown_grid(prompt):
     prompt[workflow.find(prompt, INVERSION)]["inputs"]["grid"] = "theirs"
 
 
+def more_steps_than_levels(prompt):
+    inversion = prompt[workflow.find(prompt, INVERSION)]["inputs"]
+    inversion["model"] = workflow.add(
+        prompt, "ModelSamplingDiscrete", model=inversion["model"], sampling="lcm", zsnr=False
+    )
+    inversion["steps"] = 60
+
+
+def merged(prompt):
+    swap = prompt[workflow.find(prompt, SWAP)]["inputs"]
+    model = swap["model"]
+    swap["model"] = workflow.add(prompt, "ModelMergeSubtract", model1=model, model2=model, multiplier=0.5)
+
+
 CASES = {
+    "more steps than levels": (
+        more_steps_than_levels,
+        INVERSION,
+        "but the MODEL's table has 50 noise levels; set steps",
+    ),
+    "merged": (merged, SWAP, "another checkpoint or merge than the MODEL's; invert the picture again"),
     "another word": (another_word, SWAP, "has 12 words and the target prompt 13"),
     "reversed window": (reversed_window, SWAP, "cross_start to cross_end is 0.9 to 0.1, but it needs"),
     "other size": (other_size, SAMPLER, "connect the LATENT of the node that made the TRAJECTORY"),
@@ -155,6 +175,18 @@ def test_half_a_letter_does_not_stop_the_queue(server, undisturbed, spoil):
     said.encode("utf-8")
     assert np.array_equal(edit(server, prompt), undisturbed[1])
     assert "Exception in thread" not in server.log_path.read_text(encoding="utf-8", errors="replace")
+
+
+def test_another_clip_skip_is_said_on_the_node(server):
+    workflow.forget(server)
+    prompt, said = word_swap(), []
+    swap = prompt[workflow.find(prompt, SWAP)]["inputs"]
+    server.run(prompt, on_text=lambda node, text: said.append((node, text)))
+    assert not said
+    swap["clip"] = workflow.add(prompt, "CLIPSetLastLayer", clip=swap["clip"], stop_at_clip_layer=-2)
+    server.run(prompt, on_text=lambda node, text: said.append((node, text)))
+    assert [node for node, _ in said] == [workflow.find(prompt, SWAP)]
+    assert said[0][1].startswith("The CLIP is not the one that the TRAJECTORY was made with: its text of the same")
 
 
 # -- Cancel -----------------------------------------------------------------------------------------------------------

@@ -118,8 +118,8 @@ CASES = {
     "one mask for two nouns": (one_mask_for_two_nouns, "masks where 2 are needed, for 1 picture and 2 nouns; connect"),
     "two backgrounds": (two_backgrounds, "background hold 2 masks where 1 are needed, for 1 picture"),
     "a mask of another picture": (wide, "measure 128x64, but the TRAJECTORY's picture 128x128; connect masks of that"),
-    "one noun and no background": (alone, "With 1 noun and these weights nothing is left to learn by"),
-    "no weights": (nothing_counts, "With 2 nouns and these weights nothing is left to learn by"),
+    "one noun and no background": (alone, "With 1 noun and these weights no loss is active"),
+    "no weights": (nothing_counts, "With 2 nouns and these weights no loss is active"),
     "an unknown optimizer": (change(optimizer="RMSprop"), 'The input optimizer of Attune Dynamic Prompt is "RMSprop"'),
     "another model": (another_model, "The TRAJECTORY was made with model family SD15 (UNetModel), but the MODEL is"),
 }  # fmt: skip

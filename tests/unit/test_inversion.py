@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from attune.inversion.ddim import CURRENT, LATER, epsilon, invert, papers_sigmas
-from attune.inversion.trajectory import Trajectory, check_same_model
+from attune.inversion.trajectory import Trajectory, check_same_model, text_distance, weight_distance
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 BAR = torch.cumprod(1 - BETAS, 0)
@@ -68,9 +70,68 @@ def test_epsilon_at_its_own_level_is_the_plain_one():
 HEADER = {"family": "SD15 (UNetModel)", "latent_format": "SD15", "prediction": "EPS", "weights": [0.5, -0.25, 0.125]}
 
 
+def made_with(**header):
+    return Trajectory(torch.zeros(2), torch.zeros(2, 1, 4, 2, 2), 1, {**HEADER, **header})
+
+
 def test_same_model_in_half_precision_is_the_same():
-    trajectory = Trajectory(torch.zeros(2), torch.zeros(2, 1, 4, 2, 2), 1, HEADER)
-    check_same_model(trajectory, {**HEADER, "weights": [0.5002, -0.25, 0.1251]})
+    assert not check_same_model(made_with(), {**HEADER, "weights": [0.5002, -0.25, 0.1251]})
+
+
+DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+
+
+@pytest.mark.parametrize("ours", DTYPES)
+@pytest.mark.parametrize("theirs", DTYPES)
+def test_rounding_keeps_weights_the_same_and_hides_no_other_ones(ours, theirs):
+    """Down to numbers so small that fp8 has only a few for them."""
+    random = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-6, 1, 500)
+    weights, others = (torch.randn(500, generator=random) * scale for _ in range(2))
+
+    def header(values, dtype):
+        return {"dtype": dtype, "weights": [], "probes": values.to(getattr(torch, dtype)).tolist()}
+
+    assert weight_distance(header(weights, ours), header(weights, theirs)) == 0
+    assert weight_distance(header(weights, ours), header(others, theirs)) > 0.2
+
+
+def test_what_cannot_be_read_is_not_compared():
+    """Of quantised weights; where nothing can be read nothing says that it is another model."""
+    one = {"weights": [], "probes": [0.5, None, 0.25], "dtype": "float32"}
+    assert weight_distance(one, {**one, "probes": [0.5, 3.0, None]}) == 0
+    assert weight_distance(one, {**one, "probes": [None, 3.0, None]}) == 0
+    assert weight_distance(one, {**one, "probes": [0.5, None]}) == 1
+    assert weight_distance(one, {**one, "probes": [-0.5, None, 0.25]}) == pytest.approx(0.5)
+
+
+SAMPLING = {"sampling": "EPS", "timesteps": [0.0, 500.0, 999.0]}
+
+
+@pytest.mark.parametrize(
+    "made,now,told",
+    [
+        ({}, SAMPLING, ""),  # by an older version
+        (SAMPLING, SAMPLING, ""),
+        (SAMPLING, {**SAMPLING, "timesteps": [19.0, 510.0, 999.0]}, ""),
+        (SAMPLING, {**SAMPLING, "timesteps": [0.0, 450.0, 900.0]}, "has other noise levels since"),
+        (SAMPLING, {**SAMPLING, "sampling": "LCM"}, "has LCM sampling in the place of EPS since"),
+        ({}, {"weights": [0.52, -0.25, 0.125]}, "weights are a little off"),
+    ],
+)
+def test_what_is_nearly_the_same_model_is_told(made, now, told):
+    said = check_same_model(made_with(**made), {**HEADER, **now})
+    assert told in said and bool(told) == bool(said)
+
+
+def test_texts_of_one_caption():
+    text = torch.randn(1, 77, 8)
+    trajectory = Trajectory(torch.zeros(2), torch.zeros(2, 1, 4, 2, 2), 1, HEADER, [[text, {}]])
+    assert text_distance(trajectory, [[text.clone(), {}]]) == 0
+    assert text_distance(trajectory, [[text * 1.5, {}]]) == pytest.approx(0.5)
+    # Longer or other texts are not compared.
+    assert text_distance(trajectory, [[text.repeat(1, 2, 1), {}]]) == text_distance(trajectory, [[text, {}]] * 2) == 0
+    assert text_distance(replace(trajectory, conditioning=[]), []) == 0
 
 
 @pytest.mark.parametrize(
