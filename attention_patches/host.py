@@ -53,7 +53,6 @@ KEY = "attune"  # of the spec in transformer_options and of our wrappers
 RUN = "attune_run"  # in transformer_options while sampling: what this run has gathered
 PROMPT = "attune_prompt"  # in a conditioning's dictionary: the prompt it was encoded from
 TEXT, SEED = "attune_text", "attune_seed"  # there too: what a part is drawn from, for people to read
-PIXELS = 8  # of an image to a latent's one, each way
 END = 49407  # CLIP's end token, which also pads
 NULL_CFG = "attune_null_cfg"  # in a negative's dictionary: the cfg that inversion/trajectory.py says it was learned for
 BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # what CLIP's vocabulary writes each byte as
@@ -416,8 +415,8 @@ def install(model, references, controllers=(), blends=()):
         if not same or not torch.equal(other.latents, reference.latents):
             raise ValueError(
                 "Chained Attune edits must share one TRAJECTORY and source prompt, but the MODEL's "
-                f'"{reference.name}" has others already; give the same TRAJECTORY and source prompt to each Attune edit '
-                "node, and put Attune Prompt Reweight behind Attune Prompt Swap or Refine."
+                f'"{reference.name}" has others already; give the same TRAJECTORY and source prompt to each Attune '
+                "edit node, and put Attune Prompt Reweight behind Attune Prompt Swap or Refine."
             )
     taken = {c.prompt for c in spec.controllers if c.replaces_words}
     for controller in controllers:

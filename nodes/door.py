@@ -176,8 +176,8 @@ def _are_sigmas(value):
 
 
 def _image(value):
-    if not torch.is_tensor(value) or value.ndim != 4 or value.shape[3] not in (1, 3, 4):
-        raise _Unfit("an IMAGE of (count, height, width, 1, 3 or 4) values")
+    if not torch.is_tensor(value) or value.ndim != 4 or not 1 <= value.shape[3] <= 4:
+        raise _Unfit("an IMAGE of (count, height, width, 1 to 4) values")
     if not value.numel():
         raise _Unfit("an IMAGE of at least one picture")
     _bounds(value, "an IMAGE")
