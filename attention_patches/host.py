@@ -415,8 +415,8 @@ def install(model, references, controllers=(), blends=()):
         if not same or not torch.equal(other.latents, reference.latents):
             raise ValueError(
                 "Chained Attune edits must share one TRAJECTORY and source prompt, but the MODEL's "
-                f'"{reference.name}" has others already; give the same TRAJECTORY and source prompt to each Attune '
-                "edit node, and put Attune Prompt Reweight behind Attune Prompt Swap or Refine."
+                f'"{reference.name}" has others already; give the same ones to each Attune edit node, and put Attune '
+                "Prompt Reweight behind Attune Prompt Swap or Refine."
             )
     taken = {c.prompt for c in spec.controllers if c.replaces_words}
     for controller in controllers:

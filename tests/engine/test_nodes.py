@@ -306,7 +306,7 @@ def test_two_sources_on_one_model(bench):
     for trajectory, source in ((other.record(SOURCE, 1.0), SOURCE), (bench.trajectory, TARGET)):
         with pytest.raises(ValueError) as error:
             swap(bench, model=model, trajectory=trajectory, source=source)
-        one_sentence(error, "same TRAJECTORY and source prompt")
+        one_sentence(error, "must share one TRAJECTORY and source prompt")
 
 
 def test_looking_through_an_edit(bench):

@@ -181,6 +181,10 @@ def test_another_clip_skip_is_said_on_the_node(server):
     workflow.forget(server)
     prompt, said = word_swap(), []
     swap = prompt[workflow.find(prompt, SWAP)]["inputs"]
+    # Only a caption that the graph says plainly is known afterwards.
+    caption = prompt[prompt[workflow.find(prompt, INVERSION)]["inputs"]["conditioning"][0]]["inputs"]
+    caption["text"] = swap["source_prompt"] = workflow.SOURCE
+    swap["target_prompt"] = workflow.SOURCE.replace("red", "yellow")
     server.run(prompt, on_text=lambda node, text: said.append((node, text)))
     assert not said
     swap["clip"] = workflow.add(prompt, "CLIPSetLastLayer", clip=swap["clip"], stop_at_clip_layer=-2)
