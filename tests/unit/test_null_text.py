@@ -93,6 +93,12 @@ def test_a_loss_that_is_not_finite_ends_it(latents):
         run(latents * float("inf"))
 
 
+def test_embeddings_that_break_down_in_the_last_update_are_told(latents):
+    """No loss is computed after it, so the embeddings themselves have to tell."""
+    with pytest.raises(FloatingPointError, match="what step 1 learned is not a finite number"):
+        run(latents, inner=1, rate=1e39)
+
+
 def test_direct_pulls_as_told(latents):
     free = draw(denoise, latents[0], SIGMAS, ignore)
     assert torch.equal(pull(denoise, SIGMAS, latents, 1, 1.0, ignore), latents)
