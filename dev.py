@@ -15,6 +15,7 @@
                                                 dynamic-prompt: where learned words look; edits from a sketch: fusion;
                                                 everything side by side: run, over ComfyUI servers and data sets;
                                                 faithfulness; time; full-size; workflows with mistakes in them: graphs;
+                                                spoiled trajectory files: files;
                                                 the help pages: pictures; the icon and banner: emblem
     python3 dev.py python ARGS                  the environment's Python with ComfyUI importable
 
@@ -60,6 +61,7 @@ BENCHES = {
     "dynamic-prompt": "benchmark.dynamic_prompt", "fusion": "benchmark.fusion", "run": "benchmark.runner",
     "faithfulness": "benchmark.faithfulness", "full-size": "benchmark.full_size", "time": "benchmark.timing",
     "pictures": "benchmark.pictures", "emblem": "benchmark.emblem", "graphs": "benchmark.graphs",
+    "files": "benchmark.files",
 }  # fmt: skip
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 

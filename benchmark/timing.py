@@ -49,7 +49,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from ..attention_patches import host as patches
 from ..demo.measure import Bench, call
-from ..inversion import file, host
+from ..inversion import disk, file, host
 from ..inversion.dynamic_prompt import DynamicPrompt
 from ..inversion.null_text import NullText
 from ..nodes import edit, fusion, invert
@@ -355,6 +355,10 @@ def words(size, repeats, steps=FEW):
     return found
 
 
+def saved(trajectory, path):
+    disk.write_over(path, file.packed(trajectory, host.versions()))
+
+
 def files(size, repeats, steps=50):
     """A run of 50 steps with null embeddings; inverting is scaled to as many steps."""
     it = made(size.make, size.steps, size.side)
@@ -374,7 +378,7 @@ def files(size, repeats, steps=50):
     try:
         for name, trajectory in kept.items():
             path = folder / name
-            runs[f"saving, {name}"] = it.unet, functools.partial(file.save, trajectory, path, host.versions())
+            runs[f"saving, {name}"] = it.unet, functools.partial(saved, trajectory, path)
             runs[f"loading, {name}"] = it.unet, functools.partial(file.load, path)
         (seen, _), found = cost.turns(runs, repeats), {}
         for name, turns in seen.items():

@@ -93,6 +93,17 @@ def test_a_loss_that_is_not_finite_ends_it(latents):
         run(latents * float("inf"))
 
 
+def test_embeddings_that_break_down_in_the_last_update_are_told(latents):
+    """No loss is computed after it, so where it leads to has to tell."""
+
+    def broken(x, sigma, embedding=None, rows=None):
+        last = embedding is not None and not torch.is_grad_enabled()
+        return denoise(x, sigma, embedding) * (float("nan") if last else 1)
+
+    with pytest.raises(FloatingPointError, match="what step 1 learned is not a finite number"):
+        next(learn(NullText(3.0, inner=1), broken, SIGMAS, latents, NULL, begin(latents), ignore))
+
+
 def test_direct_pulls_as_told(latents):
     free = draw(denoise, latents[0], SIGMAS, ignore)
     assert torch.equal(pull(denoise, SIGMAS, latents, 1, 1.0, ignore), latents)
