@@ -341,9 +341,9 @@ def check_unet(model):
     theirs, ours = unet.in_channels, model.model.latent_format.latent_channels
     if theirs != ours and not model.model.concat_keys:
         raise ValueError(
-            f"The MODEL is an image-conditioned {type(model.model).__name__} of {theirs} channels (as InstructPix2Pix, "
-            "upscalers and SVD are), but Attune edits with models that generate from text alone and with inpainting "
-            "models (SD 1.x, SD 2.x, SDXL); load such a checkpoint in the loader that feeds this node."
+            f"The MODEL is a {type(model.model).__name__}, image-conditioned (as InstructPix2Pix, upscalers and SVD "
+            "are), but Attune edits with models that generate from text alone and with inpainting models (SD 1.x, SD "
+            "2.x, SDXL); load such a checkpoint in the loader that feeds this node."
         )
 
 

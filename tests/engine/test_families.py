@@ -430,7 +430,7 @@ def of_another_kind(kind, settings):
 
 
 TRANSFORMERS = "but Attune steers the attention of Stable Diffusion UNets"
-PICTURES = "image-conditioned .* but Attune edits with models that generate from text alone"
+PICTURES = "SVD are), but Attune edits with models that generate from text alone and with inpainting models"
 MMDIT = {
     "input_size": None, "patch_size": 2, "in_channels": 16, "depth": 1, "pos_embed_max_size": 32,
     "adm_in_channels": 64, "context_embedder_config": {

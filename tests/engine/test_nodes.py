@@ -263,7 +263,7 @@ def test_a_start_of_another_size_count_or_noise(bench):
     model, positive = swap(bench)
     with pytest.raises(ValueError) as error:
         bench.sample(model, positive, latent={"samples": torch.zeros(1, 4, 24, 16)})
-    one_sentence(error, "16x16", "16x24", "connect the LATENT")
+    one_sentence(error, "128x128 pixels", "128x192 pixels", "connect the LATENT")
     with pytest.raises(ValueError) as error:
         both = Bench(batch=2)
         bench.sample(
