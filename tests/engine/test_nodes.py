@@ -272,7 +272,7 @@ def test_a_start_of_another_size_count_or_noise(bench):
     one_sentence(error, "holds 2 pictures", "draws 3")
     with pytest.raises(ValueError) as error:
         bench.sample(model, positive, sigmas=bench.sigmas * 2)
-    one_sentence(error, "starts at sigma", "connect the SIGMAS")
+    one_sentence(error, "starts at sigma", "connect the sigmas")
 
 
 def test_another_positive(bench):
