@@ -81,7 +81,9 @@ ODD = {
 
 def small(name):
     """A shipped workflow on the demo model, with few steps."""
-    prompt = workflow.in_the_demo_world(workflow.load(name))
+    prompt = workflow.load(name)
+    if name != workflow.DEMO:
+        prompt = workflow.in_the_demo_world(prompt)
     for inputs in (node["inputs"] for node in prompt.values()):
         inputs.update({key: min(inputs[key], most) for key, most in MOST.items() if isinstance(inputs.get(key), int)})
     return prompt
@@ -92,8 +94,8 @@ def spoiled(prompt, info, dice):
     prompt = copy.deepcopy(prompt)
     node = dice.choice([n for n, one in prompt.items() if one["class_type"].startswith("Attune") and one["inputs"]])
     inputs, kind = prompt[node]["inputs"], prompt[node]["class_type"]
-    name = dice.choice(sorted(slot for slots in info[kind]["input_order"].values() for slot in slots))
-    slots = {key: slot for group in info[kind]["input"].values() for key, slot in group.items()}
+    slots = info[kind]["input"].get("required", {}) | info[kind]["input"].get("optional", {})
+    name = dice.choice(sorted(slots))
     type_, settings = (*slots[name], {})[:2]
     what, value = _mistake(prompt, node, "COMBO" if isinstance(type_, list) else type_, settings, info, dice)
     inputs[name] = value

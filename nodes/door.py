@@ -125,7 +125,7 @@ def _text(value, wanted):
 
 def _choice(value, wanted):
     if value not in wanted.options:
-        raise _Unfit("one of: " + ", ".join(f'"{one}"' for one in wanted.options))
+        raise _Unfit(f"one of: {', '.join(wanted.options)}")
     return value
 
 

@@ -1,5 +1,6 @@
 """The demo model, a source picture and its trajectory, and how each method is put on a MODEL; quick to sample."""
 
+import contextlib
 import copy
 import functools
 from dataclasses import replace
@@ -46,6 +47,16 @@ def adapter(seed=0, channels=(64, 128, 256, 256), xl=False):
         channels=list(channels), nums_rb=1, cin=256 if xl else 64, ksize=1, sk=True, use_conv=False, xl=xl
     )
     return comfy.controlnet.T2IAdapter(net, 1, 8, "nearest-exact", device=torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def overflowing(model):
+    """In it, what the UNet predicts is beyond what a loss in fp32 can hold."""
+    handle = model.model.diffusion_model.register_forward_hook(lambda _, given, predicted: predicted * 1e30)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Bench:

@@ -345,7 +345,7 @@ def test_layers_that_are_none(picture, layers):
         ({"source": SOURCE, "words": ("circle", "")}, "target_words"),
         ({"source": SOURCE, "words": ("dog", "circle")}, "dog"),
         ({"layer": 16}, "16 layers"),
-        ({"start": 1.5}, "start to end"),
+        ({"start": 1.5}, "start of Attune Mutual Self-Attention is 1.5, but needs a number from 0 to 1"),
     ],
     ids=str,
 )
