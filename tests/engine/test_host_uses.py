@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 
@@ -28,7 +29,7 @@ OURS = {"server", "adapter_channels", "attune", "comfyui", "torch", "family", "l
 OURS |= {"sampling", "timesteps", "dtype", "probes"}
 KINDS = (
     str, list, dict, set, pathlib.Path, collections.Counter, contextlib.ExitStack, safetensors.safe_open, torch.Tensor,
-    torch.dtype, torch.nn.Linear(1, 1), torch.nn.GroupNorm, type, inspect.Parameter, hashlib.sha256(),
+    torch.dtype, torch.nn.Linear(1, 1), torch.nn.GroupNorm, type, inspect.Parameter, hashlib.sha256(), os.stat_result,
 )  # fmt: skip
 
 
