@@ -74,7 +74,7 @@ def cpam(picture, source, target=None, prompt=TARGET, **settings):
 def test_an_empty_mask_gives_the_source_back(picture):
     """To within 1 dB of the reconstruction, at the papers' guidance, which acts on nothing here."""
     back = decibels(picture.draw((picture.model, picture.text("")), guidance=1.0), picture.source)
-    kept = decibels(picture.draw(cpam(picture, BLACK)), picture.source)
+    kept = decibels(picture.draw(cpam(picture, BLACK, BLACK)), picture.source)
     changed = decibels(picture.draw((picture.model, picture.text(TARGET))), picture.source)
     assert kept > back - 1 and kept > changed + 6
 
@@ -176,7 +176,7 @@ def test_removal_and_replacement(picture):
     assert replaced[circle].mean(0)[1] > picture.source[circle].mean(0)[1] + 0.2
     source, target, keep = outputs(AttuneMaskStrategy, mask, "remove", 4)
     assert not target.any() and not keep
-    back = picture.draw(cpam(picture, BLACK), guidance=2.0)
+    back = picture.draw(cpam(picture, BLACK, BLACK), guidance=2.0)
     gone = picture.draw(cpam(picture, source, target, keep_object=keep), guidance=2.0)
     assert decibels(gone[circle], picture.source[circle]) < decibels(back[circle], picture.source[circle]) - 3
 
