@@ -143,8 +143,8 @@ def test_measures_with_known_answers():
 
 
 def test_an_image_is_cut_as_the_vae_cuts_it():
-    image = torch.rand(1, 35, 43, 3)
-    assert torch.equal(fit(image, torch.zeros(2, 32, 40, 3))[1], image[0, 1:33, 1:41])
+    image = torch.rand(1, 35, 43, 4)
+    assert torch.equal(fit(image, torch.zeros(2, 32, 40, 3))[1], image[0, 1:33, 1:41, :3])
     for shape in ((1, 31, 40, 3), (3, 32, 40, 3), (1, 32, 400, 3)):
         with pytest.raises(ValueError, match="connect the image that was inverted"):
             fit(torch.zeros(shape), torch.zeros(2, 32, 40, 3))
