@@ -773,9 +773,9 @@ def _refuse_area(cond):
 
 
 def _pixels(channels, height, width):
-    """The size of a latent's image as users know it; the channels where they are not Stable Diffusion's."""
-    size = f"{PIXELS * width}x{PIXELS * height} pixels"
-    return size if channels == 4 else f"{size} and {channels} latent channels"
+    """The size of a latent's image as users know it, and the latent's."""
+    latent = f"a latent of {width}x{height}" + ("" if channels == 4 else f" and {channels} channels")
+    return f"{PIXELS * width}x{PIXELS * height} pixels ({latent})"
 
 
 def _check_fit(reference, x, first_sigma):
