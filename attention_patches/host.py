@@ -950,8 +950,8 @@ def _refuse_area(cond):
 
 
 def _pixels(channels, height, width):
-    """The size of a latent's image as users know it; the channels where they are not Stable Diffusion's."""
-    latent = f"a latent of {width}x{height}" + (f" with {channels} channels" if channels != 4 else "")
+    """The size of a latent's image as users know it, and the latent's."""
+    latent = f"a latent of {width}x{height}" + ("" if channels == 4 else f" and {channels} channels")
     return f"{PIXELS * width}x{PIXELS * height} pixels ({latent})"
 
 

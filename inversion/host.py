@@ -132,7 +132,7 @@ def _probe(kept, patches):
     not readable.
 
     ``kept`` is the weight as loaded, and what turns its numbers into those that count, or None. Of the ``patches``,
-    those that add to the weight and keep all of it are LoRAs and the like.
+    those that add to the weight and keep all of it are LoRAs and the like, and those that only scale it are effects.
     """
     weight, convert = kept
     if not _readable(weight):
@@ -140,11 +140,12 @@ def _probe(kept, patches):
     number = _first(weight)
     number = float(number if convert is None else convert(number))
     for strength, patch, share, *_ in patches:
-        other = 0.0
         if isinstance(patch, list):  # a weight of another model, with what is on it
             other = _probe(patch[0], patch[1:])
-        elif share != 1 and isinstance(patch, tuple):  # the same, as a difference: ("diff", (tensor, ...)) or (tensor,)
+        elif strength and share != 1 and isinstance(patch, tuple):  # as ("diff", (tensor, ...)) or (tensor,)
             other = float(_first((patch[1] if len(patch) == 2 else patch)[0]))
+        else:
+            continue
         if other is None:
             return None
         number = number * share + strength * other

@@ -5,6 +5,7 @@ from dataclasses import replace
 import comfy.hooks
 import comfy.model_management
 import comfy.weight_adapter
+import comfy_extras.nodes_attention_multiply as multiply
 import comfy_extras.nodes_hooks as hooks
 import comfy_extras.nodes_model_advanced as advanced
 import comfy_extras.nodes_model_merging as merging
@@ -124,6 +125,23 @@ def test_a_lora_leaves_the_model_the_same_one(bench, caplog):
     finally:
         model.unpatch_model()
     assert not swap(bench, caplog, model)
+
+
+def test_a_node_that_scales_attention_leaves_the_model_the_same_one(bench, caplog):
+    """Its effect is asked for, as a LoRA's is."""
+    model = outputs(multiply.UNetCrossAttentionMultiply, bench.model, 1.2, 1.0, 0.9, 1.1)[0]
+    assert runs.describe_model(model) == runs.describe_model(bench.model) and model.patches
+    assert not swap(bench, caplog, model)
+
+
+def test_a_merge_written_as_tensors_counts(bench, other):
+    """As packs put a weighted sum together themselves, in either of the host's forms."""
+    theirs = {n: p.detach() for n, p in other.model.named_parameters() if n.startswith("diffusion_model.")}
+    same = outputs(merging.ModelMergeSimple, bench.model, other, 0.4)[0]
+    for form in (lambda weight: (weight,), lambda weight: ("diff", (weight,))):
+        model = bench.model.clone()
+        model.add_patches({name: form(weight) for name, weight in theirs.items()}, 0.6, 0.4)
+        assert runs.describe_model(model)["probes"] == pytest.approx(runs.describe_model(same)["probes"])
 
 
 class Packed(torch.Tensor):
