@@ -21,8 +21,8 @@ def off_trajectory(reference, x, sigma, sigmas, noise_added):
     """
     found = x.detach().float().cpu()
     goal = reference.latent(sigma) if reference.begin is None else reference.begin
-    if not _near(found, goal):
-        return _another_start(reference, found, goal, sigma, noise_added)
+    if not _near(found, goal) and (text := _another_start(reference, found, goal, sigma, noise_added)):
+        return text
     if not _along(reference.sigmas, sigmas):
         return (
             f"The sampler takes {len(sigmas) - 1} steps at other sigmas than the {len(reference.sigmas) - 1} steps of "
@@ -51,6 +51,8 @@ def _another_start(reference, x, goal, sigma, noise_added):
                 f"{float(at):.4g}, as with fewer steps than the inversion's; connect the sigmas of the node that made "
                 "the TRAJECTORY to the sampler, or give the sampler the inversion's steps and scheduler."
             )
+    if sigma < 0.999 * float(reference.sigmas[0]):
+        return None  # part of the way down it may be the edit itself, which an earlier sampler began
     return (
         "The sampler starts from another latent than the TRAJECTORY, so the edit does not read the image that is "
         "generated; connect the LATENT of the node that made the TRAJECTORY to the sampler."

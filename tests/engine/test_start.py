@@ -74,7 +74,11 @@ def test_the_right_way_is_silent(method, bench, told):
 def test_other_right_ways_are_silent(bench, told):
     edited = prompt_swap(bench, 1)
     advanced(bench, edited)
-    advanced(bench, edited, last=2)
+    begun = outputs(
+        stock.KSamplerAdvanced, edited[0], "disable", 0, 4, 5.0, "euler", "ddim_uniform", edited[1],
+        bench.away(edited[1]), bench.noise, 0, 2, "enable",
+    )[0]  # fmt: skip
+    advanced(bench, edited, first=2, latent=begun)
     latent, sigmas = outputs(AttuneTrajectoryLatent, bench.trajectory, 0.5, -1)
     bench.sample(*edited, latent=latent, sigmas=sigmas)
     for sampler in ("heun", "dpmpp_2m", "uni_pc"):

@@ -49,6 +49,15 @@ def test_each_mistake_has_its_sentence():
     assert "takes 2 steps at other sigmas than the 4 steps" in text
 
 
+def test_an_edit_that_another_sampler_began_goes_on():
+    """Part of the way down nothing tells the edit's own latent from a stranger's, but these mistakes still show."""
+    begun = LATENTS[1] + torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(2))
+    assert said(begun, 9.0, SIGMAS[1:]) is None
+    assert "add_noise off" in said(begun, 9.0, SIGMAS[1:], noise_added=True)
+    assert "at sigma 14.6" in said(LATENTS[0], 9.0, SIGMAS[1:])
+    assert "takes 2 steps at other sigmas" in said(begun, 9.0, SIGMAS[[1, 3, 4]])
+
+
 def test_a_method_that_starts_elsewhere_is_held_to_its_own_start():
     begin = LATENTS[0].flip(1)
     mixed = Reference("source", SIGMAS, LATENTS, [], 4, begin=begin)
