@@ -108,9 +108,12 @@ def shifted_words(source, target):
     There are none where as many words stand at their places as could stay in order at all, such as where two words
     change places. ``source`` and ``target`` have equally many words.
     """
+    pairs = list(zip(source.words, target.words, strict=True))
+    apart = [(ours.keys, theirs.keys) for ours, theirs in pairs if ours.keys != theirs.keys]
+    if {ours for ours, _ in apart}.isdisjoint(theirs for _, theirs in apart):
+        return []  # no word can have moved; told first, since to align long prompts takes seconds
     found = align(source, target).tolist()
     numbers = {word.positions: number for number, word in enumerate(source.words)}
-    pairs = list(zip(source.words, target.words, strict=True))
     stays = [numbers.get(tuple(found[p] for p in word.positions)) for word in target.words]
     at_their_place = sum(ours.keys == theirs.keys for ours, theirs in pairs)
     if sum(number is not None for number in stays) <= at_their_place:
