@@ -165,8 +165,10 @@ def fingerprint(*values):
 def _add(digest, value):
     if torch.is_tensor(value):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        value = value.detach().cpu().contiguous()
+        value = value.as_strided((value.numel(),), (1,))  # a single number may have any stride
         # The array is read where it lies; bytes of it would be a copy.
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.view(torch.uint8).numpy())
     else:
         digest.update(json.dumps(value, sort_keys=True).encode())
 

@@ -11,6 +11,7 @@ from attune.tests import host
 from attune.tests.server import workflow
 
 NULL_TEXT, SAVE, LOAD = "AttuneNullTextInversion", "AttuneSaveTrajectory", "AttuneLoadTrajectory"
+SUFFIX = ".trajectory.safetensors"
 STEPS, INNER = 8, 4
 
 
@@ -71,6 +72,30 @@ def test_null_text_can_be_watched_stopped_and_gone_on_with(server):
     assert re.fullmatch(rf"going on from step [45] of {STEPS}, where an earlier run was stopped", said[0])
     assert min(updates) > 3 * INNER
     assert np.array_equal(picture, whole)
+
+
+def test_a_killed_server_goes_on_to_the_same_picture(server, tmp_path):
+    """Killed at once, in the middle of a step, and started again in the same folder."""
+    prompt = learning()
+    whole, _, _ = watch(server, prompt)
+    (tmp_path / "input").mkdir()
+    shutil.copyfile(server.base / "input" / "example.png", tmp_path / "input" / "example.png")
+    shutil.copytree(server.base / "custom_nodes" / "attune_standin", tmp_path / "custom_nodes" / "attune_standin")
+    with host.Server(host.Host.current(), base=tmp_path) as first:
+
+        def kill(step):
+            if step == 5 * INNER + 2:
+                first.process.kill()
+
+        with pytest.raises((host.HostError, OSError)):
+            first.run(prompt, lambda node, step, steps: kill(step) if steps == STEPS * INNER else None)
+    with host.Server(host.Host.current(), base=tmp_path) as second:
+        picture, updates, said = watch(second, prompt)
+        assert re.fullmatch(rf"going on from step [56] of {STEPS}, where an earlier run was stopped", said[0])
+        assert min(updates) > 3 * INNER
+        assert np.array_equal(picture, whole)
+        kept = [path for path in (tmp_path / "user").rglob("*") if "unfinished" in str(path) and path.is_file()]
+        assert not [path for path in kept if path.suffix == ".safetensors"]
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -134,6 +159,35 @@ def test_a_caption_is_recorded_only_where_the_graph_says_it(server, kind, inputs
     assert server.run(loading(name))["outputs"]["2"]["text"] == [caption]
 
 
+def test_a_name_may_come_by_a_link(server):
+    prompt = keeping(3)
+    saved = workflow.find(prompt, SAVE)
+    prompt["load"] = {"class_type": LOAD, "inputs": {"file": [saved, 0]}}
+    prompt["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["load", 1]}}
+    entry = server.run(prompt)
+    assert entry["outputs"]["shown"]["text"] == [workflow.SOURCE]
+    typed = {"class_type": "PrimitiveString", "inputs": {"value": f"nothing{SUFFIX}"}}
+    other = {"class_type": "PrimitiveInt", "inputs": {"value": 3}}
+    for source, said in ((typed, f'There is no trajectory file "nothing{SUFFIX}" inside'), (other, "comes from a INT")):
+        with pytest.raises(host.HostError) as refused:
+            server.run({**loading(["0", 0]), "0": source})
+        assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said"),
+    [("x" * 190 + "/" + "y" * 240, "File name too long"), ("a\0b", "null byte")], ids=["too long", "NUL"],
+)  # fmt: skip
+def test_a_prefix_that_no_file_can_have(server, prefix, said):
+    prompt = keeping(3)
+    prompt[workflow.find(prompt, SAVE)]["inputs"]["filename_prefix"] = prefix
+    with pytest.raises(host.HostError) as refused:
+        server.run(prompt)
+    sentence = str(refused.value).splitlines()[0]
+    assert "can be written to ComfyUI's output folder (" in sentence and said in sentence
+    assert sentence.endswith("still has what was to be saved.")
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -143,6 +197,7 @@ def test_a_caption_is_recorded_only_where_the_graph_says_it(server, kind, inputs
         "/etc/passwd [output]",
         "example.png",
         "nothing.trajectory.safetensors",
+        "x" * 150 + ".trajectory.safetensors",
         "",
     ],
 )

@@ -179,6 +179,15 @@ def setting(kind, name, value):
     return change
 
 
+def carrying(key, value):
+    """Puts a value on the first text."""
+
+    def change(tensors, about):
+        about["conditioning"][0][key] = value
+
+    return change
+
+
 FORGED = {
     "newer": (setting("about", "format", file.FORMAT + 1), "written by a newer Attune.*update the Attune pack"),
     "no format": (setting("about", "format", "x"), "unreadable header"),
@@ -198,6 +207,41 @@ FORGED = {
     "conditioning": (setting("about", "conditioning", [{}, {}]), "no readable conditioning"),
     "windows": (setting("about", "windows", [0.0, 0.9, 0.5, 1.0]), "one null embedding"),
     "text": (setting("about", "negative", "x"), "no readable negative"),
+    "beyond fp32": (
+        setting("tensor", "nulls", torch.full((3, 2, 7, 5), 1e300, dtype=torch.float64)), "no finite numbers"
+    ),
+    "beyond a model": (setting("tensor", "negative.0", torch.full((1, 7, 5), 1e38)), "too large"),
+    "latents beyond a model": (setting("tensor", "latents", torch.full((4, 2, 4, 3, 5), 1e38)), "too large"),
+    "sigmas beyond a model": (setting("tensor", "sigmas", torch.tensor([1e30, 3.0, 1.0, 0.0])), "too large"),
+    "eight bits": (
+        setting("tensor", "latents", torch.zeros(4, 2, 4, 3, 5, dtype=torch.float8_e4m3fn)),
+        'of the kind F8_E4M3 in "latents", where F16, BF16, F32, F64 are read',
+    ),
+    "a number for windows": (setting("about", "windows", 5), "one null embedding"),
+    "a number that no float holds": (setting("about", "windows", [0.0, 0.5, 10**400, 1.0]), "unreadable header"),
+    "such a weight": (setting("about", "header", {**HEADER, "weights": [10**400]}), "unreadable header"),
+    "NaN in the header": (setting("about", "header", {**HEADER, "cfg": float("nan")}), "unreadable header"),
+    "a prompt that is no text": (setting("about", "header", {**HEADER, "prompt": True}), "what it was made with"),
+    "a seed that is a text": (setting("about", "header", {**HEADER, "seed": "1"}), "what it was made with"),
+    "no tokens": (setting("tensor", "conditioning.0", torch.zeros(1, 0, 5)), 'nothing in "conditioning.0"'),
+    "no text": (setting("tensor", "negative.0", torch.zeros(0, 7, 5)), 'nothing in "negative.0"'),
+    "texts of two widths": (setting("tensor", "conditioning.0", torch.zeros(1, 7, 6)), "texts for several models"),
+    "nulls of another width": (setting("tensor", "nulls", torch.zeros(3, 2, 7, 6)), "one null embedding"),
+    "a tensor of nobody's": (setting("tensor", "x", torch.zeros(1)), 'holds "x", which no trajectory has'),
+    "a text too many": (setting("tensor", "conditioning.1", torch.zeros(1, 7, 5)), 'holds "conditioning.1"'),
+    "a control": (carrying("control", "x"), 'a conditioning with a "control" that no trajectory has'),
+    "hooks": (carrying("hooks", None), '"hooks" that no trajectory has'),
+    "a start that is a text": (carrying("start_percent", "0"), '"start_percent" that no trajectory has'),
+    "an end beyond the schedule": (carrying("end_percent", 1.5), '"end_percent" that no trajectory has'),
+    "a pooled text that is no tensor": (carrying("pooled_output", 1.0), '"pooled_output" that no trajectory has'),
+    "a control that is a tensor": (
+        setting("tensor", "conditioning.0.control", torch.zeros(1)), 'holds "conditioning.0.control", which no'
+    ),
+    "a pooled text of no shape": (setting("tensor", "conditioning.0.pooled_output", torch.zeros(5)), '"pooled_output"'),
+    "a mask for other pictures": (setting("tensor", "conditioning.0.mask", torch.zeros(3, 8, 8)), '"mask" that no'),
+    "a mask beyond white": (
+        setting("tensor", "conditioning.0.mask", torch.full((1, 8, 8), 2.0)), '"conditioning.0.mask" that are too large'
+    ),
 }
 
 
@@ -261,6 +305,83 @@ def test_what_contradicts_itself_is_refused(saved, forged):
     change, said = FORGED[forged]
     rewritten(saved, change)
     refused(saved, said)
+
+
+@pytest.mark.parametrize("place", ["header", "versions", "windows", "learned", "else"])
+@pytest.mark.parametrize("depth", [20, 500])
+def test_what_nests_too_deep_is_refused(saved, place, depth):
+    def nest(tensors, about):
+        about[place] = []
+        for _ in range(depth):
+            about[place] = [about[place]]
+
+    rewritten(saved, nest)
+    refused(saved, "unreadable header")
+
+
+def with_extras(**extras):
+    text, own = made().conditioning[0]
+    return replace(made(), conditioning=[[text, {**own, **extras}]])
+
+
+def test_what_a_text_may_carry_survives_a_file(tmp_path):
+    extras = {
+        "start_percent": 0.25, "end_percent": 1.0, "strength": 1.5, "mask_strength": 1, "set_area_to_bounds": False,
+        "width": 1024, "aesthetic_score": 6.0, "attune_seed": 2**64 - 1, "attune_text": None,
+        "mask": torch.rand(2, 6, 10), "concat_latent_image": torch.randn(1, 4, 3, 5),
+        "concat_mask": torch.ones(2, 1, 6, 10),
+    }  # fmt: skip
+    path = tmp_path / "t.trajectory.safetensors"
+    save(with_extras(**extras), path)
+    back = file.load(path).conditioning[0][1]
+    assert back.keys() == {*extras, "pooled_output", "attune_prompt"}
+    for key, value in extras.items():
+        assert torch.equal(back[key], value) if torch.is_tensor(value) else back[key] == value
+
+
+BROKEN = {
+    "NaN": (lambda: replace(made(), latents=made().latents * float("nan")), "no finite numbers"),
+    "null embeddings": (lambda: replace(made(), nulls=made().nulls / 0), 'in "nulls" that are no finite numbers'),
+    "a text": (lambda: replace(made(), negative=[[torch.full((1, 7, 5), float("inf")), {}]]), "no finite numbers"),
+    "windows": (lambda: replace(made(), windows=()), "one null embedding for each of its steps"),
+    "levels": (lambda: replace(made(), sigmas=made().sigmas.flip(0)), "fall from noise to picture"),
+    "whole numbers": (lambda: replace(made(), sigmas=torch.tensor([9, 3, 1, 0])), "of the kind torch.int64"),
+    "a hook": (lambda: with_extras(hooks=object()), '"hooks" on it, which no file can hold'),
+    "a list": (lambda: with_extras(area=[1, 2]), '"area" on it, which no file can hold'),
+    "a text that is too long": (
+        lambda: replace(made(), header={**HEADER, "prompt": "x" * (file.LONGEST + 1)}), "prompts too long for a file"
+    ),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_what_loading_would_refuse_is_not_saved(broken):
+    make, said = BROKEN[broken]
+    with pytest.raises(ValueError) as error:
+        file.packed(make(), {})
+    text = str(error.value)
+    assert text.startswith("The TRAJECTORY ") and re.search(said, text) and text.endswith(".") and "\n" not in text
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells what was the most")
+def test_three_gigabytes_whose_shapes_do_not_fit_are_not_read(saved):
+    """The table fits the file, which takes no room on the disk, and not the trajectory."""
+    content = saved.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    about, count = json.loads(content[8:end])["__metadata__"], 3 << 28
+    table = {"__metadata__": about, "latents": {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}}
+    table = json.dumps(table).encode()
+    with saved.open("wb") as opened:
+        opened.write(len(table).to_bytes(8, "little") + table)
+        opened.truncate(8 + len(table) + 4 * count)
+
+    def held(key):
+        return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    before = held("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    refused(saved, "no noise levels")
+    assert held("VmHWM") - before < 30  # MB
 
 
 def test_other_peoples_files_are_refused(saved, tmp_path):
