@@ -96,8 +96,7 @@ def spoiled(prompt, info, dice):
     inputs, kind = prompt[node]["inputs"], prompt[node]["class_type"]
     slots = info[kind]["input"].get("required", {}) | info[kind]["input"].get("optional", {})
     name = dice.choice(sorted(slots))
-    type_, settings = (*slots[name], {})[:2]
-    what, value = _mistake(prompt, node, "COMBO" if isinstance(type_, list) else type_, settings, info, dice)
+    what, value = _mistake(prompt, node, name, slots[name], info, dice)
     inputs[name] = value
     if what == "missing input":
         del inputs[name]
@@ -106,8 +105,9 @@ def spoiled(prompt, info, dice):
     return prompt, what, f"{kind}.{name} = {shown[:100]}"
 
 
-def _mistake(prompt, node, kind, settings, info, dice):
-    """A kind of mistake for an input of ``node``, and the value that makes it."""
+def _mistake(prompt, node, name, slot, info, dice):
+    """A kind of mistake for the input ``name`` of ``node``, and the value that makes it."""
+    kind, settings = "COMBO" if isinstance(slot[0], list) else slot[0], (*slot, {})[1]
     roll = dice.random()
     if roll < 0.06:
         return "missing input", None
@@ -115,7 +115,8 @@ def _mistake(prompt, node, kind, settings, info, dice):
         return "value of another kind" if kind in WIDGETS else "value in place of a link", dice.choice(VALUES)
     if kind in ("INT", "FLOAT"):
         low, high = settings["min"], settings["max"]
-        odd = [low - 1, high + 1, -1, -HUGE, HUGE, low, high]
+        odd = [low - 1, high + 1, -1, -HUGE, HUGE, low]
+        odd += [high] if name not in MOST else []  # which is right, and takes minutes
         odd += [low + (high - low) / 3, math.nan, math.inf, -math.inf] if kind == "FLOAT" else []
         if roll < 0.35:
             return "number", dice.choice(odd)
