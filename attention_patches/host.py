@@ -287,6 +287,11 @@ def with_vectors(clip, prompt, vectors):
     (width,)."""
     tokens = clip.tokenize(prompt)
     for name, own in vectors.items():
+        if name not in tokens:
+            raise ValueError(
+                f'The TRAJECTORY has learned words for a text encoder "{name}", which the CLIP does not have; connect '
+                "the CLIP of the checkpoint that the TRAJECTORY was made with."
+            )
         for position, vector in own.items():
             chunk = tokens[name][position // CHUNK]
             chunk[position % CHUNK] = (vector, *chunk[position % CHUNK][1:])

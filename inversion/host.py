@@ -594,7 +594,7 @@ def check_latent(model, latent, where):
     if not latent.isfinite().all():
         raise ValueError(
             "The LATENT has values that are no finite numbers (NaN or infinite), as SDXL's VAE gives in fp16; encode "
-            f"the image again with ComfyUI's --fp32-vae, or by a VAE that is made for fp16, for {where}."
+            f"the image again with ComfyUI's --fp32-vae, or by a VAE made for fp16, and connect that to {where}."
         )
 
 
@@ -603,6 +603,6 @@ def check_path(path, node):
     if not path.isfinite().all():
         raise ValueError(
             "The MODEL made latents that are no finite numbers (NaN or infinite), as weights in half precision can; "
-            f"start ComfyUI with --force-fp32, or lower the cfg, for {node}."
+            f"start ComfyUI with --force-fp32, or lower the cfg, and run {node} again."
         )
     return path

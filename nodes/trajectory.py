@@ -88,7 +88,7 @@ class AttuneLoadTrajectory(io.ComfyNode):
         # Naming the types takes it on this node which links ComfyUI lets through: it has no list of choices for texts.
         kind = (input_types or {}).get("file", "STRING")
         if kind not in ("STRING", "COMBO", "*"):
-            return f"The file comes from a {kind}, but a name is needed; link a STRING to it in Attune Load Trajectory."
+            return f"The file comes from a {kind}, but must be a name; link a STRING to file of Attune Load Trajectory."
         if file is None:  # linked, and not known before it runs
             return True
         try:
