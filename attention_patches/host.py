@@ -162,6 +162,12 @@ def encode(clip, prompt, like=()):
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt), add_dict={**sizes, PROMPT: prompt})
 
 
+def is_in_fp8(clip):
+    """Whether any of a CLIP's weights are."""
+    encoder = getattr(clip, "cond_stage_model", None)
+    return encoder is not None and any(weight.dtype.itemsize == 1 for weight in encoder.parameters())
+
+
 def check_length(read, conditioning):
     """Raises ValueError where a CLIP did not give one text token for each of a prompt's :class:`words.Tokens`."""
     for length in (text.shape[1] for text, _ in conditioning):

@@ -18,7 +18,7 @@ from ..attention_patches.values import Window
 from ..attention_patches.watch import WatchedWords
 from ..attention_patches.words import read_factors, read_list, read_stretches
 from ..inversion import host as runs
-from ..inversion.trajectory import ANOTHER_TEXT, check_same_model, negative_of, text_distance
+from ..inversion.trajectory import ANOTHER_FP8_TEXT, ANOTHER_TEXT, check_same_model, negative_of, text_distance
 from ..messages import legible
 from . import schema
 
@@ -153,7 +153,9 @@ def warn_of_another_clip(clip, trajectory, node_id, read=()):
     if not read or read[0][1].get(host.PROMPT) != caption:
         read = host.encode(clip, caption, trajectory.conditioning)
     apart = text_distance(trajectory, read)
-    if apart > ANOTHER_TEXT:
+    # Of the inversion only the MODEL's precision is known, and where that is fp8 its CLIP's may be, too.
+    fp8 = host.is_in_fp8(clip) or "float8" in trajectory.header.get("dtype", "float8")
+    if apart > (ANOTHER_FP8_TEXT if fp8 else ANOTHER_TEXT):
         warn(
             node_id,
             f"The CLIP is not the one that the TRAJECTORY was made with: its text of the same caption is {apart:.0%} "

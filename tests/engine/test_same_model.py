@@ -239,10 +239,20 @@ def test_another_clip_skip_is_told_wherever_the_clip_is_read(bench, caplog, read
 def test_a_clip_in_another_precision_is_the_same_one(bench, caplog, dtype):
     clip = demo.load_demo()[1]
     for weight in clip.cond_stage_model.parameters():
-        weight.data = weight.data.to(dtype).float()
+        weight.data = weight.data.to(dtype)
     assert not torch.equal(bench.but(clip=clip).text(SOURCE)[0][0], bench.text(SOURCE)[0][0]) or dtype == torch.float16
     assert not swap(bench, caplog, clip=clip)
     assert ANOTHER_CLIP in swap(bench, caplog, clip=demo.load_demo(OTHER)[1])
+
+
+def test_a_lora_on_the_clip_is_told(bench, caplog):
+    """One that moves every weight by a tenth, added after the inversion."""
+    clip, random = bench.clip.clone(), torch.Generator().manual_seed(0)
+    weights = {n: p for n, p in clip.cond_stage_model.named_parameters() if p.ndim == 2 and "encoder" in n}
+    noise = {n: torch.randn(p.shape, generator=random) * p.abs().mean() * 0.1 for n, p in weights.items()}
+    assert len(clip.add_patches({name: ("diff", (step,)) for name, step in noise.items()}, 1.0)) == len(weights)
+    assert not swap(bench, caplog, clip=bench.clip)
+    assert ANOTHER_CLIP in swap(bench, caplog, clip=clip)
 
 
 @pytest.mark.parametrize(
