@@ -38,7 +38,7 @@ def wrong_values(one):
         return ["none of these", f"none {HALF_EMOJI}", 5, [], {}]
     tensors = [torch.tensor(1.0), torch.full((1, 64, 64), math.inf), torch.zeros(0, 64, 64)]
     if kind != "MASK":
-        tensors += [torch.zeros(1, 64, 64, 2), torch.full((1, 64, 64, 3), math.nan), torch.zeros(64, 64)]
+        tensors += [torch.zeros(1, 64, 64, 5), torch.full((1, 64, 64, 3), math.nan), torch.zeros(64, 64)]
     if kind == "CONDITIONING":
         texts = torch.full((1, 77, 128), math.nan), torch.zeros(77, 128), torch.zeros(1, 0, 128), None
         tensors += [[], *([[text, {}]] for text in texts), [[torch.zeros(1, 77, 128)]]]
