@@ -1,5 +1,6 @@
 """Files on a disk that others use too: names, full disks, kills, and what is listed; and files that were spoiled."""
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -95,25 +96,30 @@ def test_the_name_that_saving_gives_is_the_one_that_is_listed(small, folders):
 # ---- disks that refuse -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def full():
-    """Files may not grow beyond some bytes, which the system tells as it tells of a full disk: in the middle."""
+@contextlib.contextmanager
+def full_disk():
+    """In it, files may not grow beyond some bytes, which the system tells as it tells of a full disk: in the middle.
+
+    No fixture, since pytest writes to its report before a fixture ends.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def trees(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_a_disk_that_is_full_leaves_nothing_behind(small, folders, full):
-    with pytest.raises(ValueError) as error:
+def test_a_disk_that_is_full_leaves_nothing_behind(small, folders):
+    with pytest.raises(ValueError) as error, full_disk():
         outputs(nodes.AttuneSaveTrajectory, small.trajectory, "t")
     one_sentence(error, 'No file "t" can be written to ComfyUI\'s output folder .File too large.', "make room")
     one_sentence(error, "filename_prefix in Attune Save Trajectory", "until then it still has what was to be saved")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError) as error, full_disk():
         runs.save_embedding("w", {"l": torch.zeros(1, 768)})
     one_sentence(error, "embeddings folder .File too large.", "filename_prefix in Attune Save Learned Word")
     assert not trees(folders)
