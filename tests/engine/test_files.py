@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from attune.nodes import trajectory as nodes
 from .bench import Bench, outputs
 from .test_nodes import one_sentence
 
+resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks, limits and links of other systems")
 SUFFIX = runs.SUFFIX
 
