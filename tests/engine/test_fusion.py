@@ -646,7 +646,7 @@ def test_a_second_edit_on_the_model(small, small_led):
         with refused("carries an Attune edit"):
             again()
     for edit in (prompt_swap, mutual, context_preserving):
-        with pytest.raises(ValueError, match="connect|same TRAJECTORY"):
+        with pytest.raises(ValueError, match="connect|share one TRAJECTORY"):
             model, positive = edit(small, 1, small_led.fused[0])
             small.draw((model, positive, *small_led.fused[2:]))
 
