@@ -220,7 +220,7 @@ def test_every_stock_scheduler(scheduler, bench):
     levels = levels_of(scheduler, bench.model, 6)
     model, positive = prompt_swap(bench, 1)
     if float(levels[0]) > 1.02 * float(bench.sigmas[0]):
-        with pytest.raises(ValueError, match="SIGMAS of the node that made the TRAJECTORY"):
+        with pytest.raises(ValueError, match="sigmas of the node that made the TRAJECTORY"):
             bench.sample(model, positive, sigmas=levels)
     picture = {"samples": runs.to_host_scale(bench.model, bench.trajectory.latents[-1])}
     settings = (bench.text(SOURCE), 50, GRIDS[0], LEVELS[0], 4)
@@ -261,6 +261,9 @@ ELSEWHERE = {  # what stands in the table and is tested in another file
     "LoRA": "server/test_neighbours.py", "ControlNet": "engine/test_contract.py",
     "Perturbed-Attention Guidance": "engine/test_contract.py", "EasyCache": "engine/test_contract.py",
     "Inpainting mask": "engine/test_contract.py", "Conditioning (Combine)": "engine/test_contract.py",
+    "Context Windows": "engine/test_pictures.py", "Tiled Diffusion and other tiled samplers": "engine/test_pictures.py",
+    "packs that run the UNet on one row after another": "engine/test_pictures.py",
+    "NegPip and other patches that change the length of texts": "engine/test_same_model.py",
 }  # fmt: skip
 HERE = {
     *COMPOSE, *RETOKENED, "Advanced-ControlNet", "Perp-Neg", "Dual CFG", "stock samplers", "stock schedulers",
