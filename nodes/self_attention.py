@@ -255,9 +255,14 @@ class AttuneMutualSelfAttention(io.ComfyNode):
                 f'source_words "{source_words}" need target_words or a target_mask too, to find the object in the '
                 "edit; fill in target_words on Attune Mutual Self-Attention, or connect a target_mask to it."
             )
-        if source_mask is not None:
-            check_painted(
-                (source_mask >= HALF).any(), "source_mask", "Attune Mutual Self-Attention", "where the object lies"
+        painted = source_mask is None or (source_mask >= HALF).any()
+        if target_mask is None:
+            check_painted(painted, "source_mask", "Attune Mutual Self-Attention", "where the object lies")
+        elif not painted:
+            warn(
+                schema.node_id(cls),
+                "source_mask is black, so the object of the target_mask reads nothing of the source; paint white where "
+                "it lies (right-click Load Image > Open in MaskEditor).",
             )
         source_mask = None if source_mask is None else Mask(source_mask)
         if target_mask is not None and not target_mask.any():

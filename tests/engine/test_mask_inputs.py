@@ -214,6 +214,10 @@ def test_a_black_mask_that_can_be_meant_is_told(odd, told):
     mutual(odd, 1, source_mask=half(), target_mask=BLACK, layer=9)
     (text,) = told
     assert text.startswith("target_mask is black") and "Open in MaskEditor" in text
+    told.clear()
+    mutual(odd, 1, source_mask=BLACK, target_mask=half(), layer=9)
+    (text,) = told
+    assert text.startswith("source_mask is black") and "Open in MaskEditor" in text
 
 
 def test_a_black_mask_that_is_meant_is_not(odd, told):

@@ -15,7 +15,7 @@ pytest.importorskip(
 from attune.attention_patches.free_prompt_editing import FreePromptEditing
 from attune.benchmark import timing
 
-TINY = replace(timing.SIZES["demo"], steps=1, updates=2, graph=2, eight=1)
+TINY = replace(timing.SIZES["demo"], steps=2, updates=2, graph=2, eight=1)
 FPE = "free prompt editing"
 
 

@@ -179,7 +179,7 @@ def test_a_trajectory_or_a_latent(seen):
 
 
 def test_layers_steps_and_words_that_are_none(seen):
-    for wrong, part in (({"layers": "zzz"}, "level nearest"), ({"steps": "zzz"}, '"average", "each"')):
+    for wrong, part in (({"layers": "zzz"}, "level nearest"), ({"steps": "zzz"}, "average, each")):
         with pytest.raises(ValueError) as error:
             seen.maps(**wrong)
         one_sentence(error, "zzz", part)
@@ -246,7 +246,7 @@ def test_what_the_view_cannot_do(seen, bench):
     one_sentence(error, "no CLIP")
     with pytest.raises(ValueError) as error:
         seen.parts(method="zzz")
-    one_sentence(error, "zzz", '"PCA", "SVD"')
+    one_sentence(error, "zzz", "PCA, SVD")
     with pytest.raises(ValueError) as error:
         seen.parts(tokens=1, count=5)
     one_sentence(error, "4 picture tokens")
