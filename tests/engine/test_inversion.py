@@ -527,7 +527,7 @@ def test_direct_inversion(bench, inverted):
     assert off[1] == off[3] == off[5] == 0 and min(off[2], off[4]) > 0
     with pytest.raises(ValueError) as error:
         outputs(invert.AttuneDirectInversion, inverted, 2, 1.0, GUIDANCE)
-    one_sentence(error, "connect both to Attune Direct Inversion", "set both to 1")
+    one_sentence(error, "connect both to Attune Direct Inversion", "set every and scale to 1")
 
 
 def test_negative_prompt_inversion_cancels_guidance(bench, inverted):
