@@ -698,11 +698,10 @@ class _Run:
         """Says where a sampler of the host's adds noise at its steps."""
         function = getattr(sampler, "sampler_function", None)
         if function is not None and adds_noise(function, getattr(sampler, "extra_options", {})):
-            for tell in self.tells:
-                tell(
-                    f"The sampler {function.__name__.removeprefix('sample_')} adds noise at its steps, which takes the "
-                    "edit off the source's TRAJECTORY; choose one that adds none, such as euler, or set its eta to 0."
-                )
+            self.tell(
+                f"The sampler {function.__name__.removeprefix('sample_')} adds noise at its steps, which takes the "
+                "edit off the source's TRAJECTORY; choose one that adds none, such as euler, or set its eta to 0."
+            )
 
     def tell_of_start(self, x, sigma, sigmas):
         """Says where the sampling does not start on the trajectory of an edit that is made for that."""
@@ -716,16 +715,15 @@ class _Run:
         learned = {cond.get(NULL_CFG) for name in guider.conds for cond in guider.conds[name] if "negative" in name}
         for goal in learned - {None}:
             if cfg is not None and abs(cfg - goal) > 1e-3:
-                for tell in self.tells:
-                    tell(
-                        f"The sampler's cfg is {cfg:g}, but the null-text embeddings in its negative were learned for "
-                        f"{goal:g}; set cfg to {goal:g}, or learn them anew at {cfg:g}."
-                    )
+                self.tell(
+                    f"The sampler's cfg is {cfg:g}, but the null-text embeddings in its negative were learned for "
+                    f"{goal:g}; set cfg to {goal:g}, or learn them again at {cfg:g}."
+                )
 
-    @property
-    def tells(self):
-        """Who hears of what goes wrong while sampling: the first edit of those that start on their trajectory."""
-        return [r.tell for r in self.spec.references if r.tell][:1]
+    def tell(self, text):
+        """Says what goes wrong while sampling on the first edit of those whose reference tells, if any does."""
+        if tell := next((r.tell for r in self.spec.references if r.tell), None):
+            tell(text)
 
     def prepare(self, guider, x, sample_sigmas):
         """Tags the guider's conditionings and converts the references'; raises ValueError for what does not fit."""
