@@ -10,8 +10,8 @@
     python3 dev.py locales                      write the nodes' English texts, list what other languages lack
     python3 dev.py schemas                      write down anew what nodes promise to saved graphs, say what changes
     python3 dev.py train|score ARGS             train or measure the demo model
-    python3 dev.py bench ARGS                   inversions: quality, speed, parity; edits: edits, self-edits, cost,
-                                                edit-parity, self-parity; what attention maps know: probing;
+    python3 dev.py bench ARGS                   inversions: quality, speed, parity; edits: edits, self-edits, layers,
+                                                cost, edit-parity, self-parity; what attention maps know: probing;
                                                 dynamic-prompt: where learned words look; edits from a sketch: fusion;
                                                 everything side by side: run, over ComfyUI servers and data sets;
                                                 faithfulness; time; full-size; workflows with mistakes in them: graphs;
@@ -56,7 +56,8 @@ SCRIPTS = {
     "schemas": "tests.schemas",
 }
 BENCHES = {
-    "edits": "benchmark.editing", "self-edits": "benchmark.self_editing", "cost": "benchmark.cost",
+    "edits": "benchmark.editing", "self-edits": "benchmark.self_editing",
+    "layers": "benchmark.layers", "cost": "benchmark.cost",
     "edit-parity": "benchmark.editing_parity", "self-parity": "benchmark.self_parity", "probing": "benchmark.probing",
     "dynamic-prompt": "benchmark.dynamic_prompt", "fusion": "benchmark.fusion", "run": "benchmark.runner",
     "faithfulness": "benchmark.faithfulness", "full-size": "benchmark.full_size", "time": "benchmark.timing",

@@ -154,16 +154,20 @@ def every(**values):
 
 OWN, PAPER = 2.0, 7.5  # the guidance that suits the demo model, and the papers'
 WHOLE, NEW = "the whole picture", "what is new"  # what CPAM's prompt tells
+# The papers keep the structure in layers of at most 32x32 of 64x64 tokens. The demo's finest layers have 16x16, so that
+# there the same layers are those of at most 8x8.
+EVERYWHERE, PAPERS_LAYERS = 1024, 64
+PAPERS_FPE = {"guidance": PAPER, "end": 0.8, "token_limit": PAPERS_LAYERS}
 # What is tried for each method. The first is as in the papers, which do not say what CPAM's prompt should tell.
 TRIED = {
     PLAIN: every(guidance=(PAPER, OWN)),
     **{name: every(guidance=(PAPER, OWN)) for name in SDEDIT},
     P2P: [
-        {"guidance": PAPER, "cross_end": 0.8, "self_end": 0.4},
+        {"guidance": PAPER, "cross_end": 0.8, "self_end": 0.4, "token_limit": PAPERS_LAYERS},
         *every(guidance=[OWN], cross_end=(0.4, 0.8), self_end=(0.4, 0.8)),
     ],
-    FPE: every(guidance=(PAPER, OWN), end=(0.8, 0.4)),
-    CAPTIONED: [{"guidance": PAPER, "end": 0.8}, *every(guidance=[OWN], end=(0.8, 0.4))],
+    FPE: [PAPERS_FPE, *every(guidance=(PAPER, OWN), end=(0.8, 0.4))],
+    CAPTIONED: [PAPERS_FPE, {"guidance": PAPER, "end": 0.8}, *every(guidance=[OWN], end=(0.8, 0.4))],
     MASA: [
         {"guidance": PAPER, "layer": 10, "start": 0.08},
         *every(guidance=[OWN], layer=(10, 6), start=[0.08]),
@@ -191,18 +195,18 @@ def sample_plainly(bench, task, trajectory, guidance):
     return bench.model, bench.text(task.prompts[1])
 
 
-def exchange_words(bench, task, trajectory, guidance, cross_end, self_end):
+def exchange_words(bench, task, trajectory, guidance, cross_end, self_end, token_limit=EVERYWHERE):
     node = edit.AttunePromptRefine if task.kind in (*REMOVALS, ADDITION) else edit.AttunePromptSwap
-    return call(node, bench.model, bench.clip, trajectory, *task.prompts, 0.0, cross_end, 0.0, self_end, 1024)
+    return call(node, bench.model, bench.clip, trajectory, *task.prompts, 0.0, cross_end, 0.0, self_end, token_limit)
 
 
-def read_maps(bench, task, trajectory, guidance, end, source=""):
-    settings = source, task.prompts[1], 0.0, end, 1024
+def read_maps(bench, task, trajectory, guidance, end, token_limit=EVERYWHERE, layers="", source=""):
+    settings = source, task.prompts[1], 0.0, end, token_limit, layers
     return call(self_attention.AttuneFreePromptEditing, bench.model, bench.clip, trajectory, *settings)
 
 
-def read_captioned_maps(bench, task, trajectory, guidance, end):
-    return read_maps(bench, task, trajectory, guidance, end, source=task.prompts[0])
+def read_captioned_maps(bench, task, trajectory, guidance, end, **layers):
+    return read_maps(bench, task, trajectory, guidance, end, **layers, source=task.prompts[0])
 
 
 def read_values(bench, task, trajectory, guidance, layer, start, **masks):
