@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from attune.attention_patches import host as patches
-from attune.benchmark import cost, editing
+from attune.attention_patches.values import Place
+from attune.benchmark import cost, editing, layers
 from attune.benchmark import self_editing as bench
 from attune.demo import scenes
 
@@ -183,3 +184,41 @@ def test_kernels_are_timed_by_pairs_and_put_back():
     assert list(found) == ["256 tokens", "64 tokens", "16 tokens", "4 tokens"]
     for row in found.values():
         assert row["the host's own, microseconds"] > 0 and 0.3 < row["over the host's own"] < 30
+
+
+def test_the_colour_claim_is_decided_by_pictures_that_one_of_the_two_alone_gets_right():
+    def won(*values):
+        return [{"success %": 100.0 * value, "outside dB": 20.0} for value in values]
+
+    ten, none = won(*[True] * 10), won(*[False] * 10)
+    assert layers.judge(ten, none)["verdict"] == "confirmed"
+    assert layers.judge(none, ten)["verdict"] == "contradicted"
+    assert layers.judge(ten, ten) == {"succeeds alone": 0, "the other alone": 0, "chance": 1.0, "verdict": "open"}
+    assert layers.judge(won(*[True] * 3), won(*[False] * 3))["verdict"] == "open"  # 3 of 3 is chance in one of four
+
+
+def test_a_share_comes_with_its_interval():
+    told = layers.figures([{"success %": 100.0, "outside dB": 20.0}] * 3 + [{"success %": 0.0, "outside dB": 24.0}])
+    assert (told["pictures"], told["success %"], told["outside dB"]) == (4, 75.0, 21.0)
+    low, high = told["its interval"]
+    assert low == pytest.approx(30.1, abs=0.1) and high == pytest.approx(95.4, abs=0.1)  # Wilson's, of 3 in 4
+
+
+def test_the_rows_of_layers_edit_where_their_names_say(room):
+    """In the demo world 1024 tokens are all 16 layers, 64 those that the papers' code edits: 3 to 13."""
+    task, bench_of = of(room.asked[0], bench.COLOUR)[0], room.studio.bench
+    side = scenes.SIZE // 8
+    grids = list(patches._grids(bench_of.model.model.diffusion_model, side, side).items())
+    acts = {}
+    for name, (method, settings) in layers.ROWS.items():
+        trajectory = room.runs[task.kind, scenes.caption][0]
+        model = bench.MAKERS[method](bench_of, task, trajectory, 2.0, **settings)[0]
+        ours = model.model_options["transformer_options"][patches.KEY].controllers[0]
+        found = set()
+        for number, ((block, depth), grid) in enumerate(grids):
+            at = Place("self", block, depth, grid, step=0, steps=20, number=number)
+            found |= {number + 1} if ours.edits(at) else set()
+        acts[name] = found
+    for name, found in acts.items():
+        first, last = (1, 16) if "all layers" in name else (3, 13) if "64" in name else (4, 14)
+        assert found == set(range(first, last + 1)), name
