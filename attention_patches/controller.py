@@ -6,9 +6,10 @@ from typing import ClassVar
 NULL = "source without text"  # the name of a reference that is read under the empty prompt
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Controller:
-    """The base of every method; on its own it changes nothing.
+    """The base of every method; on its own it changes nothing. Two are never one, however alike they are: a run keeps
+    what it gathers by controller, so that equality by value would make a second one of the same prompt vanish.
 
     ``prompt`` names the conditioning whose rows are edited: the text that the node encoded and tagged.
     ``tokens`` is that conditioning's length. Subclasses override ``edits`` and some of the attentions.

@@ -1259,26 +1259,26 @@ class _EditPatch:
 
     def _cross_attention(self, place, own, options, attend, inner, tasks, roles, held):
         out, heads, done = None, options["n_heads"], []
-        mapping = {t.controller: t for t in tasks if not t.controller.mixes_texts}
+        mapping = [t for t in tasks if not t.controller.mixes_texts]
         mixing = [t for t in tasks if t.controller.mixes_texts]
         if inner is not None or not mapping and not mixing:
             out = attend(*own, options)
         for prompt, rows in roles.items():
-            mine = [c for c in mapping if c.prompt == prompt]
+            mine = [t for t in mapping if t.controller.prompt == prompt]
             watching = self.run.lookout.at(place, prompt) if self.run.unseen else []
             if not mine and not watching:
                 continue
             at, tokens = _span(rows), self.run.spec.lengths[prompt]
             # Beside a longer prompt the host repeats a shorter one; attention over copies is attention over one.
             q, k, v = own.q[at], own.k[at, :tokens], own.v[at, :tokens]
-            unread = inner is None and mine and not mine[0].reads_own_map(place)
+            unread = inner is None and mine and not mine[0].controller.reads_own_map(place)
             p = plain = None if unread else attention_map(q, k, heads)
-            names = {name for c in mine for name in c.reads} | {w.watch.reference for w in watching}
+            names = {name for t in mine for name in t.controller.reads} | {w.watch.reference for w in watching}
             pictures = [options[PICTURES][row] for row in rows]
             references = self._for_rows(held, names, pictures)
             references = {name: attention_map(read.q, read.k, heads) for name, read in references.items()}
-            for controller in mine:
-                p = controller.cross_map(mapping[controller].place, p, references)
+            for task in mine:
+                p = task.controller.cross_map(task.place, p, references)
             for watcher in watching:
                 if watcher.watch.reference in (None, *references):
                     source = references.get(watcher.watch.reference)

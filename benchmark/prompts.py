@@ -96,6 +96,21 @@ def every_method() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json") if not path.stem.endswith(".workflow"))
 
 
+def tuned(method: Method) -> str:
+    """In words, what a method is given for the demo model in place of its workflow's settings; "" for nothing."""
+    parts = []
+    for place, value in method.demo.items():
+        name = place.rpartition("/")[2]
+        if isinstance(value, dict):
+            kinds = {}
+            for kind, one in value["by kind"].items():
+                kinds.setdefault(one, []).append(kind)
+            told = [f"{one} for {', '.join(names)}" for one, names in kinds.items()]
+            value = ", ".join([*told, f"else {value['otherwise']}"])
+        parts.append(f"{name} {value}")
+    return f"Set for the demo model: {'; '.join(parts)}." if parts else ""
+
+
 @dataclass(frozen=True)
 class Setup:
     """What is the same for every picture of a run. Without a ``checkpoint`` it is the demo model; ``changes`` are

@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -245,7 +246,7 @@ def gather(run: Run, measured: Lines, why_not: dict, about: dict, problems: list
     return results.Results(
         about=about,
         samples=list(run.samples.values()),
-        methods=list(run.methods.values()),
+        methods=[told_settings(method, run.setup) for method in run.methods.values()],
         columns={results.SUCCESS: SHOWS, **{name: says for name, (_, says) in COLUMNS.items()}},
         why_not=why_not,
         problems=[*problems, *run.problems],
@@ -254,6 +255,12 @@ def gather(run: Run, measured: Lines, why_not: dict, about: dict, problems: list
         failed={task: line["failed"] for task, line in lines.items() if "failed" in line},
         not_applicable=run.not_applicable,
     )
+
+
+def told_settings(method: prompts.Method, setup: prompts.Setup) -> prompts.Method:
+    """The method with a note that also says what it was given for the demo model, where that drew."""
+    set_for = "" if setup.checkpoint else prompts.tuned(method)
+    return replace(method, note=" ".join(part for part in (method.note, set_for) if part))
 
 
 def show(found: results.Results, out: Path, page: bool) -> None:

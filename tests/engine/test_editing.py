@@ -159,6 +159,23 @@ def test_factors_of_one_change_nothing(bench):
     assert torch.equal(bench.sample(alone, positive), bench.sample(*prompt_swap(bench, 1, target=SOURCE)))
 
 
+@pytest.mark.parametrize("behind", [True, False])
+def test_two_in_a_row_are_one_with_both_factors(bench, behind):
+    """Behind a swap and alone: the second is no copy of the first, and factors of the same word multiply."""
+    base, positive, prompt = (*prompt_swap(bench, 1), TARGET) if behind else (bench.model, None, SOURCE)
+    first, second = ("yellow: 2", "yellow: 2, circle: -1") if behind else ("red: 2", "red: 2, circle: -1")
+    both = second.replace(": 2", ": 4")
+
+    def sample(*weights):
+        model, text = base, positive
+        for one in weights:
+            model, text = prompt_reweight(bench, 1, model, prompt, one)
+        return bench.sample(model, positive or text)
+
+    assert differ(sample(first, second), sample(both)) < 1e-5
+    assert differ(sample(first, second), sample(first)) > 1e-3
+
+
 def test_chained_it_scales_what_the_edit_gives(bench):
     edited, positive = prompt_swap(bench, 1)
     results = [

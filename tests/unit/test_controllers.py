@@ -54,6 +54,20 @@ def test_the_base_changes_nothing():
     assert base.cross_map(place("cross", 0), own.q, {}) is own.q
 
 
+def test_no_two_methods_are_one_however_alike():
+    """A run keeps things by controller and by blend; two that compare equal would lose the second in silence."""
+    found, todo = [LocalBlend], [Controller]
+    while todo:
+        one = todo.pop()
+        found.append(one)
+        todo += one.__subclasses__()
+    assert len(found) > 8
+    for one in found:
+        assert one.__eq__ is object.__eq__ and one.__hash__ is object.__hash__, one
+    base = Controller(prompt="x", tokens=77)
+    assert base != Controller(prompt="x", tokens=77)
+
+
 def swap(mapper, cross=(0, 0.8), self_=(0, 0.4), limit=1024, injected=None, word_windows=()):
     injected = torch.ones(mapper.shape[1], dtype=torch.bool) if injected is None else torch.tensor(injected)
     return PromptToPrompt(

@@ -177,3 +177,10 @@ def test_a_grey_picture_of_16_bits_keeps_its_values(tmp_path):
         with Image.open(prompts.square(tmp_path / name, 64, tmp_path / "samples" / name)) as found:
             assert found.mode == "RGB" or found.mode == "L"
             assert np.abs(np.asarray(found.convert("L")) - ramp / 257).max() <= 1
+
+
+def test_what_is_set_for_the_demo_model_is_told():
+    windows = {"by kind": {"shape": 0.4, "add": 0.4}, "otherwise": 0.8}
+    method = prompts.Method("x", "X", "r", {}, demo={"Node/cross_end": windows, "Node/grow": 8})
+    assert prompts.tuned(method) == "Set for the demo model: cross_end 0.4 for shape, add, else 0.8; grow 8."
+    assert prompts.tuned(replace(method, demo={})) == ""
