@@ -80,7 +80,8 @@ def straightforward(settings, denoise, sigmas, latents, null, guidance):
     embedding = null
     for step, (high, low) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
         embedding = embedding.detach().clone().requires_grad_()
-        optimizer = torch.optim.Adam([embedding], lr=settings.rate * (1 - step / 100))
+        rate = settings.rate * (1 - step / (2 * (len(levels) - 1)))  # to half over the run, whose last level is 0
+        optimizer = torch.optim.Adam([embedding], lr=rate)
         for _ in range(settings.inner):
             with torch.enable_grad():
                 clean, empty = denoise(x, high, embedding)

@@ -107,8 +107,9 @@ def null_text(
 ):
     """The null embedding of every step that makes a guided run follow a trajectory (Mokady et al. 2023, algorithm 1).
 
-    ``latents`` are S + 1 tensors (1, 4, h, w) as :func:`ddim_invert` returns them, S <= 100, since the learning rate
-    0.01 (1 - i/100) ends there; ``cond`` and ``null`` (1, 77, width) are the embeddings of the caption and of "".
+    ``latents`` are S + 1 tensors (1, 4, h, w) as :func:`ddim_invert` returns them; ``cond`` and ``null`` (1, 77, width)
+    are the embeddings of the caption and of "". The authors' code is written for S = 50, where step i has the rate
+    0.01 (1 - i/100); here i is the same share of 50 with another S.
     Each step takes up to ``inner`` >= 0 steps of a fresh Adam on the MSE between its DDIM step and the trajectory's
     next latent, and stops after the update whose loss, taken before it, was below ``epsilon`` + 2e-5 i, unless
     ``early_stop`` is off. ``warm`` starts a step from the one before, else from ``null``.
@@ -123,7 +124,8 @@ def null_text(
     latents, cond = [z.detach() for z in latents], cond.detach()
     z, e = latents[0], null
     nulls, losses = [], []
-    for i, t in enumerate(ddim.timesteps.tolist()):
+    for number, t in enumerate(ddim.timesteps.tolist()):
+        i = 50 * number / (len(latents) - 1)
         e = (e if warm else null).detach().clone().requires_grad_()
         adam = torch.optim.Adam([e], lr=1e-2 * (1 - i / 100))
         losses.append([])
@@ -135,7 +137,7 @@ def null_text(
                 eps_null, eps_cond = _predict_both(unet, z, t, e, cond)
             else:
                 eps_null = _predict(unet, z, t, e)
-            loss = F.mse_loss(_down(ddim, z, t, eps_null, eps_cond, guidance), latents[i + 1])
+            loss = F.mse_loss(_down(ddim, z, t, eps_null, eps_cond, guidance), latents[number + 1])
             adam.zero_grad()
             loss.backward()
             adam.step()

@@ -232,7 +232,8 @@ def learn(unet, encoder, kind, latents, ids, nouns, outside, null, settings):
         with torch.no_grad():
             eps = unet(z, t, encoder_hidden_states=encoder(rows)).sample
         e = (e if settings.warm else null).detach().clone().requires_grad_()
-        adam = torch.optim.Adam([e], lr=1e-2 * (1 - step / 100))
+        i = 50 * step / (len(latents) - 1)
+        adam = torch.optim.Adam([e], lr=1e-2 * (1 - i / 100))
 
         def down(embedding, z=z, t=t, eps=eps):
             empty = unet(z, t, encoder_hidden_states=embedding).sample
@@ -245,7 +246,7 @@ def learn(unet, encoder, kind, latents, ids, nouns, outside, null, settings):
             loss.backward()
             adam.step()
             null_found[-1].append(loss.item())
-            if loss.item() < settings.epsilon + step * 2e-5:
+            if loss.item() < settings.epsilon + i * 2e-5:
                 break
         nulls.append(e.detach())
         with torch.no_grad():

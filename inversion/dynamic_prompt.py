@@ -19,7 +19,6 @@ BALANCE, DISJOINT, BACKGROUND = "balance", "disjoint", "background"
 LOSSES = (BALANCE, DISJOINT, BACKGROUND)
 CHUNK = 77  # text tokens that CLIP reads at a time
 SHARPNESS = 100.0  # what maps are multiplied by before they compete for a place
-PAPERS_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class DynamicPrompt:
 
     def thresholds(self, step, steps):
         """Of the three losses at the 0-based ``step`` of ``steps``, counted from the noisy end."""
-        i = step * PAPERS_STEPS / steps
+        i = step * null_text.PAPERS_STEPS / steps
         return tuple(beta * math.exp(-i / alpha) for beta, alpha in zip(self.beta, self.alpha, strict=True))
 
 
@@ -190,6 +189,7 @@ def learn(settings, nulls, task, network, sigmas, latents, start, null, progress
     Raises FloatingPointError when a loss is not finite.
     """
     levels, pictures = [float(s) for s in sigmas], latents.shape[1]
+    null_steps = null_text.papers_count(levels)
     everyone = torch.arange(pictures, device=latents.device)
     null = null.float().expand(pictures, -1, -1)
     original = [{n: v[i].float() for n, v in start.items()} for i in range(pictures)]
@@ -214,7 +214,7 @@ def learn(settings, nulls, task, network, sigmas, latents, start, null, progress
                 report(step, update, {"null-text": loss}, clean, x)
 
             one, x, null_losses = null_text.learn_step(
-                nulls, network.empty, step, high, low, x, latents[step + 1], clean, first, tell
+                nulls, network.empty, step, null_steps, high, low, x, latents[step + 1], clean, first, tell
             )
             learned = [one]
             found = [a + [{"null-text": loss} for loss in b] for a, b in zip(found, null_losses, strict=True)]

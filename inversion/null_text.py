@@ -11,19 +11,27 @@ import torch
 
 from .ddim import step_down
 
+PAPERS_STEPS = 50
+
 
 @dataclass(frozen=True)
 class NullText:
-    """``guidance`` is the scale that the embeddings are learned for. At step i Adam makes at most ``inner`` updates at
-    the rate ``rate`` * (1 - i/100), and stops after the one that was made from a loss below ``tolerance`` + 2e-5 * i.
-    With ``warm`` a step starts from what the step before it learned, as in the paper; without, from the empty text,
-    as in Dynamic Prompt Learning's code."""
+    """``guidance`` is the scale that the embeddings are learned for. At step i of 50 Adam makes at most ``inner``
+    updates at the rate ``rate`` * (1 - i/100), and stops after the one that was made from a loss below ``tolerance`` +
+    2e-5 * i, or never where ``tolerance`` is 0. Among another number of steps i is scaled to 50: the papers' code is
+    written for those, and its rate would be negative from step 101 on. With ``warm`` a step starts from what the step
+    before it learned, as in the paper; without, from the empty text, as in Dynamic Prompt Learning's code."""
 
     guidance: float = 7.5
     inner: int = 10
     rate: float = 0.01
     tolerance: float = 1e-5
     warm: bool = True
+
+    def schedule(self, step, steps):
+        """The rate, and the loss below which learning stops, at the 0-based ``step`` of ``steps``."""
+        i = step * PAPERS_STEPS / steps
+        return self.rate * (1 - i / 100), self.tolerance + 2e-5 * i if self.tolerance else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +60,12 @@ def begin(latents):
     return Progress([], latents[0].float().clone(), [])
 
 
+def papers_count(levels):
+    """How many steps the papers' code counts on these sigmas, which run from noise to picture: the moves between them,
+    and one more on its own grid, which ends above 0, for the step at t = 0 that moves nothing."""
+    return len(levels) - (levels[-1] == 0)
+
+
 def guide(clean, empty, scale):
     return empty + scale * (clean - empty)
 
@@ -69,26 +83,30 @@ def learn(settings, denoise, sigmas, latents, null, progress, report):
     of a batch learns its own embedding and stops on its own. Raises FloatingPointError when a loss is not finite.
     """
     levels = [float(s) for s in sigmas]
+    steps = papers_count(levels)
     null = null.float().expand(latents.shape[1], -1, -1)
     for step in range(len(progress), len(levels) - 1):
         with torch.no_grad():
             clean = denoise(progress.x, levels[step])
         start = progress.nulls[-1] if settings.warm and len(progress) else null
         learned, x, losses = learn_step(
-            settings, denoise, step, levels[step], levels[step + 1], progress.x, latents[step + 1], clean, start, report
+            settings, denoise, step, steps, levels[step], levels[step + 1], progress.x, latents[step + 1], clean, start,
+            report,
         )
         progress = Progress([*progress.nulls, learned], x, [*progress.losses, losses])
         yield progress
 
 
-def learn_step(settings, denoise, step, high, low, x, goal, clean, start, report):
+def learn_step(settings, denoise, step, steps, high, low, x, goal, clean, start, report):
     """One step of :func:`learn`, from sigma ``high`` to ``low``: (embeddings (B, T, C), the x it lands on, losses).
 
-    ``x`` and ``goal`` (B, C, h, w) are where it stands and where it should land, ``clean`` the prediction under the
-    source's text, ``start`` (B, T, C) where learning begins.
+    ``step`` counts from 0 among ``steps`` as the papers' code counts them (:func:`papers_count`). ``x`` and ``goal``
+    (B, C, h, w) are where it stands and where it should land, ``clean`` the prediction under the source's text,
+    ``start`` (B, T, C) where learning begins.
     """
     leaves = [start[i : i + 1].clone().requires_grad_() for i in range(len(x))]
-    optimizer = torch.optim.Adam(leaves, lr=settings.rate * (1 - step / 100))
+    rate, enough = settings.schedule(step, steps)
+    optimizer = torch.optim.Adam(leaves, lr=rate)
     losses = [[] for _ in leaves]
     active = list(range(len(x)))
     for update in range(settings.inner):
@@ -107,8 +125,7 @@ def learn_step(settings, denoise, step, high, low, x, goal, clean, start, report
             losses[i].append(value)
         shown = clean.index_copy(0, rows, guide(clean[rows], empty.detach(), settings.guidance))
         report(step, update, sum(values) / len(values), shown, x)
-        stop = settings.tolerance + 2e-5 * step
-        active = [i for i in active if losses[i][-1] >= stop]
+        active = [i for i in active if losses[i][-1] >= enough]
         if not active:
             break
     learned = torch.cat(leaves).detach()

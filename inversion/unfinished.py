@@ -16,6 +16,7 @@ from .file import fingerprint
 
 log = logging.getLogger("attune")
 SHARES = 10  # a crash loses a tenth of the steps at most, and as many files are written in all
+SCHEDULE = "scaled to 50 steps"  # so that what an earlier version began otherwise is not gone on with
 FILES, MOST = 8, 1 << 30  # of unfinished work, and bytes of it; 50 steps of SDXL take some 30 MB
 
 
@@ -27,7 +28,7 @@ def learn(model, trajectory, negative, settings, node_id=None):
     """
     text, steps = negative[0][0], len(trajectory.sigmas) - 1
     positive = [tensor for tensor, _ in trajectory.conditioning]
-    key = [asdict(settings), *_identity(model, trajectory), *positive, text]
+    key = [SCHEDULE, asdict(settings), *_identity(model, trajectory), *positive, text]
     run = _Run(
         "Null-text inversion", "learning_rate in Attune Null-Text Inversion", null_text.Progress, key, steps, node_id
     )
@@ -64,7 +65,8 @@ def learn_words(model, clip, trajectory, texts, start, task, encode, look, setti
     positive, negative = texts
     outside = [mask for mask in task.outside if mask is not None]
     key = [
-        asdict(settings), nulls and asdict(nulls), *_identity(model, trajectory), positive[0][0], negative[0][0],
+        SCHEDULE, asdict(settings), nulls and asdict(nulls), *_identity(model, trajectory), positive[0][0],
+        negative[0][0],
         [task.nouns, list(task.grid)], *start.values(), *outside,
     ]  # fmt: skip
     remedy = "learning_rate or null_learning_rate in Attune Dynamic Prompt"

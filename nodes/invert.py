@@ -205,7 +205,7 @@ class AttuneNullTextInversion(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     round=0.0001,
-                    tooltip="Size of the updates; it falls to half over 50 steps. Lower it when the loss jumps about.",
+                    tooltip="Size of the updates; it falls to half over the run. Lower it when the loss jumps about.",
                 ),
                 io.Float.Input(
                     "early_stop",
@@ -215,8 +215,8 @@ class AttuneNullTextInversion(io.ComfyNode):
                     step=1e-6,
                     round=False,
                     tooltip=(
-                        "A step is good enough at this loss, plus 0.00002 for every step before it. Higher is faster "
-                        "and less faithful."
+                        "A step is good enough at this loss, plus up to 0.001 that grows over the run. Higher is "
+                        "faster and less faithful; 0 never stops early."
                     ),
                 ),
                 io.Boolean.Input(

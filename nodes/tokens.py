@@ -287,7 +287,7 @@ class AttuneDynamicPrompt(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     round=0.0001,
-                    tooltip="Size of the null embedding's updates; it falls to half over 50 steps.",
+                    tooltip="Size of the null embedding's updates; it falls to half over the run.",
                 ),
                 io.Float.Input(
                     "null_early_stop",
@@ -297,8 +297,8 @@ class AttuneDynamicPrompt(io.ComfyNode):
                     step=1e-6,
                     round=False,
                     tooltip=(
-                        "A step is good enough at this loss, plus 0.00002 for every step before it, as in null-text "
-                        "inversion. The papers' code never stops early."
+                        "A step is good enough at this loss, plus up to 0.001 that grows over the run, as in null-text "
+                        "inversion; 0 never stops early, as the papers' code."
                     ),
                 ),
                 io.Boolean.Input(

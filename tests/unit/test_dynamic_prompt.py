@@ -280,7 +280,7 @@ def by_hand(settings, nulls, picture, outside=None):
             toward = clean(x, high, ours, None)
         null = (null if nulls and nulls.warm else NULL).detach().clone().requires_grad_()
         if nulls:
-            adam = torch.optim.Adam([null], lr=nulls.rate * (1 - i / 100))
+            adam = torch.optim.Adam([null], lr=nulls.rate * (1 - i * 50 / 4 / 100))
             for _ in range(nulls.inner):
                 away = clean(x, high, null, None)
                 landed = x + (x - away - nulls.guidance * (toward - away)) * (low - high) / high
@@ -288,7 +288,7 @@ def by_hand(settings, nulls, picture, outside=None):
                 adam.zero_grad()
                 loss.backward()
                 adam.step()
-                if loss.item() < nulls.tolerance + 2e-5 * i:
+                if loss.item() < nulls.tolerance + 2e-5 * i * 50 / 4:
                     break
             with torch.no_grad():
                 away = clean(x, high, null, None)

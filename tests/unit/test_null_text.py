@@ -5,7 +5,7 @@ import torch
 
 from attune.inversion.ddim import draw, invert, step_down
 from attune.inversion.direct import pull
-from attune.inversion.null_text import NullText, begin, learn
+from attune.inversion.null_text import NullText, begin, learn, papers_count
 from attune.inversion.report import Row, fit, leaves, psnr, structural_similarity, table, verdict
 
 SIGMAS = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.0])
@@ -40,8 +40,8 @@ def run(latents, **kwargs):
 def by_hand(latents, warm=True, inner=10, tolerance=1e-5, guidance=3.0):
     """The algorithm as the paper prints it, one picture, in the papers' scale."""
     x, embedding, nulls, losses = latents[0], NULL, [], []
-    for i in range(len(SIGMAS) - 1):
-        high, low = SIGMAS[i], SIGMAS[i + 1]
+    for step in range(len(SIGMAS) - 1):
+        high, low, i = SIGMAS[step], SIGMAS[step + 1], 50 * step / (len(SIGMAS) - 1)
         embedding = (embedding if warm else NULL).detach().clone().requires_grad_()
         adam = torch.optim.Adam([embedding], lr=1e-2 * (1 - i / 100))
         losses.append([])
@@ -50,7 +50,7 @@ def by_hand(latents, warm=True, inner=10, tolerance=1e-5, guidance=3.0):
             guided = empty + guidance * (clean - empty)
             eps = (x - guided) / high
             loss = torch.nn.functional.mse_loss((x + (low - high) * eps) / (1 + low**2) ** 0.5,
-                                                latents[i + 1] / (1 + low**2) ** 0.5)  # fmt: skip
+                                                latents[step + 1] / (1 + low**2) ** 0.5)  # fmt: skip
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -167,3 +167,34 @@ def test_verdicts_can_be_acted_on():
     assert "a refinement or two" in said(vae, bad, bad) and "null-text" not in said(vae, bad, bad)
     assert "The VAE cannot hold this detail" in said(Row("VAE alone", poor), poor, poor)
     assert leaves(torch.tensor([0.0, 0.01, 0.03])) == 2 and leaves(torch.tensor([0.2, 0.2])) == 1
+
+
+@pytest.mark.parametrize("steps", [10, 50, 125, 500, 1000])
+def test_rate_and_early_stop_run_over_any_number_of_steps_as_over_50(steps):
+    settings = NullText()
+    first, last = (settings.schedule(step, steps) for step in (0, steps - 1))
+    assert first == (0.01, 1e-5)
+    assert 0.005 < last[0] < 0.0056 and 9e-4 < last[1] < 1.01e-3
+    if steps == 50:  # the papers' own, to the bit
+        assert [settings.schedule(i, 50) for i in range(50)] == [
+            (0.01 * (1 - i / 100), 1e-5 + 2e-5 * i) for i in range(50)
+        ]
+
+
+def test_the_papers_grid_counts_its_step_at_0():
+    assert papers_count([3.0, 1.0, 0.0]) == 2
+    assert papers_count([3.0, 1.0, 0.03]) == 3
+
+
+def test_a_tolerance_of_0_never_stops_early(latents):
+    assert all(len(one) == 10 for step in run(latents, tolerance=0.0).losses for one in step)
+    assert all(len(one) == 1 for step in run(latents, tolerance=100.0).losses for one in step)
+
+
+def test_more_than_a_hundred_steps_are_learned():
+    """The papers' code would go down at a rate of 0 and less from the 101st step on."""
+    sigmas = torch.cat([torch.linspace(3, 0.02, 125), torch.zeros(1)])
+    latents = torch.randn(126, 1, 4, 2, 2, generator=torch.manual_seed(0)) * sigmas[:, None, None, None, None]
+    *_, done = learn(NullText(3.0, inner=1), denoise, sigmas, latents, NULL, begin(latents), ignore)
+    assert len(done) == 125 and done.x.isfinite().all()
+    assert all((a != b).any() for a, b in zip(done.nulls, done.nulls[1:], strict=False))
