@@ -29,6 +29,13 @@ def epsilon(denoise, x, sigma, level):
     return (at - denoise(at, level)) / level
 
 
+def as_asked(latents, sigmas, step):
+    """(x, sigma) that an inversion with LATER asked the model for on its way to level ``step``: the latent one level
+    below, at this level's timestep. ``latents`` (S+1, B, C, h, w) and ``sigmas`` (S+1,) run from noise to picture."""
+    high, low = float(sigmas[step]), float(sigmas[step + 1])
+    return latents[step + 1] * ((1 + high**2) / (1 + low**2)) ** 0.5, high
+
+
 def invert(denoise, picture, sigmas, where, lowest, report, refine=0):
     """Walks from a picture to noise.
 

@@ -27,7 +27,8 @@ class DynamicPrompt:
     threshold beta * exp(-i / alpha) at step i of 50 from the noisy end on (eq. 10; in other schedules i is scaled).
 
     At each step at most ``inner`` updates are made at ``rate``; none once every loss that counts is below its
-    threshold. The values are the supplement's.
+    threshold. The values are the supplement's. With ``shared`` the nouns have one vector for all steps, which is what
+    the paper compares its own with (section 3.1).
     """
 
     balance: float = 1.0
@@ -38,6 +39,7 @@ class DynamicPrompt:
     inner: int = 21
     rate: float = 1e-3
     optimizer: str = ADAMW
+    shared: bool = False
 
     @property
     def weights(self):
@@ -195,10 +197,15 @@ def learn(settings, nulls, task, network, sigmas, latents, start, null, progress
     original = [{n: v[i].float() for n, v in start.items()} for i in range(pictures)]
     with torch.no_grad():
         unlearned = torch.cat([network.text(i, v) for i, v in enumerate(original)])
+    if settings.shared:
+        one, looks = _learn_shared(settings, task, network, levels, latents, original, report)
     for step in range(len(progress), len(levels) - 1):
         high, low, x = levels[step], levels[step + 1], progress.x
-        given = [{n: v[i] for n, v in progress.vectors[-1].items()} for i in range(pictures)] if step else original
-        vectors, found = _learn_vectors(settings, task, network, step, len(levels) - 1, high, x, given, report)
+        if settings.shared:
+            vectors, found = one, looks[step]
+        else:
+            given = [{n: v[i] for n, v in progress.vectors[-1].items()} for i in range(pictures)] if step else original
+            vectors, found = _learn_vectors(settings, task, network, step, len(levels) - 1, high, x, given, report)
         with torch.no_grad():
             texts = torch.cat([network.text(i, v) for i, v in enumerate(vectors)])
             seen = progress.seen + torch.stack(
@@ -224,6 +231,19 @@ def learn(settings, nulls, task, network, sigmas, latents, start, null, progress
             [*progress.vectors, kept], [*progress.nulls, *learned], x, seen, [*progress.losses, found]
         )  # fmt: skip
         yield progress
+
+
+def _learn_shared(settings, task, network, levels, latents, original, report):
+    """The vectors that are right for all steps at once, a dictionary a picture, and the losses of each step. They are
+    brought below each step's thresholds in turn, at the trajectory's own latents, since where the drawing stands
+    depends on them."""
+    vectors, looks = original, []
+    for step, high in enumerate(levels[:-1]):
+        vectors, found = _learn_vectors(
+            settings, task, network, step, len(levels) - 1, high, latents[step], vectors, report
+        )
+        looks.append(found)
+    return vectors, looks
 
 
 def _nouns_of(probabilities, task):

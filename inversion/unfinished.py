@@ -85,8 +85,13 @@ def learn_words(model, clip, trajectory, texts, start, task, encode, look, setti
         def tell(step, update, losses, clean, x):
             nonlocal shown
             shown = shown if clean is None else clean
-            done = update + (settings.inner if "null-text" in losses else 0)
-            report(step * updates + done, shown, x)
+            if not settings.shared:
+                done = step * updates + update + (settings.inner if "null-text" in losses else 0)
+            elif "null-text" in losses:  # the words are finished for all steps before the first of these
+                done = steps * settings.inner + step * nulls.inner + update
+            else:
+                done = step * settings.inner + update
+            report(done, shown, x)
             parts = ", ".join(f"{name} {value:.2e}" for name, value in losses.items())
             host.say(node_id, f"step {step + 1} of {steps}, update {update + 1}: {parts}")
 

@@ -10,13 +10,17 @@ from ..attention_patches import background as find_background
 from ..attention_patches import host, maps, masks, self_maps
 from ..inversion import dynamic_prompt, unfinished
 from ..inversion import host as runs
+from ..inversion.ddim import as_asked
 from ..inversion.dynamic_prompt import DynamicPrompt
 from ..inversion.null_text import NullText
 from ..inversion.trajectory import LearnedWords, negative_of, one_text
 from . import schema, sheet
 from .edit import check_model, warn_of_another_clip
-from .view import look
+from .view import as_drawn, look
 
+AS_DRAWN, AS_INVERTED = "at each latent's own level", "while inverting (papers' code)"
+STATISTICS = {AS_DRAWN: as_drawn, AS_INVERTED: as_asked}
+EACH, SHARED = "one for each step (paper)", "one for all steps"
 NOUNS = 'The picture\'s caption with each noun that matters in braces, such as "a {cat} and a {dog}".'
 EXAMPLE = "a red {circle} and a blue {square} on a gray background"
 
@@ -87,6 +91,17 @@ class AttuneBackgroundMask(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Where the clustering starts; the best of ten starts is kept, so this changes little.",
                 ),
+                io.Combo.Input(
+                    "statistics",
+                    options=list(STATISTICS),
+                    default=AS_DRAWN,
+                    optional=True,
+                    tooltip=(
+                        "Where attention is read. The papers' code adds it up while it inverts, which asks each "
+                        "latent with the next noise level's timestep, at every step (every 1); the other reads each "
+                        "latent at its own level."
+                    ),
+                ),
             ],
             outputs=[
                 io.Mask.Output("background", display_name="background", tooltip="White where no noun looks."),
@@ -101,13 +116,14 @@ class AttuneBackgroundMask(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-        schema.folded(node, "self_tokens", "cross_tokens", "seed")
+        schema.folded(node, "self_tokens", "cross_tokens", "seed", "statistics")
         return schema.searchable(node, "dpl", "segmentation", "k-means", "self-attention", "foreground", "object mask")
 
     @classmethod
     def execute(
-        cls, model, clip, trajectory, source_prompt, threshold, clusters, self_tokens, cross_tokens, every, seed
-    ):
+        cls, model, clip, trajectory, source_prompt, threshold, clusters, self_tokens, cross_tokens, every, seed,
+        statistics=AS_DRAWN,
+    ):  # fmt: skip
         host.check_plain(model)
         check_model(model, trajectory, schema.node_id(cls))
         prompt, nouns = host.read_nouns(clip, source_prompt, "source_prompt of Attune Background Mask")
@@ -125,7 +141,7 @@ class AttuneBackgroundMask(io.ComfyNode):
         text = host.encode(clip, prompt, trajectory.conditioning)
         host.check_length(host.read_words(clip, prompt), text)
         warn_of_another_clip(clip, trajectory, schema.node_id(cls), text)
-        look(model, text, trajectory, every, receive, before)
+        look(model, text, trajectory, every, receive, before, STATISTICS[statistics])
         size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
         outside, objects, sheets, said = [], [], [], []
         seen = words.level(cross_tokens).transpose(0, 1)
@@ -309,6 +325,16 @@ class AttuneDynamicPrompt(io.ComfyNode):
                         "it; off, from the empty text, as in its code."
                     ),
                 ),
+                io.Combo.Input(
+                    "vectors",
+                    options=[EACH, SHARED],
+                    default=EACH,
+                    optional=True,
+                    tooltip=(
+                        "How many vectors a word learns. One for all steps is what the paper compares its own with; "
+                        "Attune Save Learned Word then saves just that one."
+                    ),
+                ),
             ],
             outputs=[
                 schema.Trajectory.Output(
@@ -336,7 +362,7 @@ class AttuneDynamicPrompt(io.ComfyNode):
         )
         folded = [f"{loss}_{part}" for loss in dynamic_prompt.LOSSES for part in ("threshold", "length")]
         null = ("null_steps", "null_learning_rate", "null_early_stop", "null_warm_start")
-        schema.folded(node, *folded, "optimizer", "tokens", *null)
+        schema.folded(node, *folded, "optimizer", "tokens", *null, "vectors")
         return schema.searchable(
             node, "dpl", "dynamic prompt learning", "token optimization", "attention leakage", "textual inversion"
         )
@@ -346,7 +372,7 @@ class AttuneDynamicPrompt(io.ComfyNode):
         cls, model, clip, trajectory, source_prompt, guidance, balance_weight, balance_threshold, balance_length,
         disjoint_weight, disjoint_threshold, disjoint_length, background_weight, background_threshold,
         background_length, inner_steps, learning_rate, optimizer, tokens, null_steps, null_learning_rate,
-        null_early_stop, null_warm_start, background=None, noun_masks=None,
+        null_early_stop, null_warm_start, vectors=EACH, background=None, noun_masks=None,
     ):  # fmt: skip
         host.check_plain(model)
         check_model(model, trajectory, schema.node_id(cls))
@@ -354,6 +380,7 @@ class AttuneDynamicPrompt(io.ComfyNode):
             balance_weight, disjoint_weight, background_weight,
             (balance_threshold, disjoint_threshold, background_threshold),
             (balance_length, disjoint_length, background_length), inner_steps, learning_rate, optimizer,
+            vectors == SHARED,
         )  # fmt: skip
         nulls = NullText(guidance, null_steps, null_learning_rate, null_early_stop, null_warm_start)
         prompt, nouns = host.read_nouns(clip, source_prompt, "source_prompt of Attune Dynamic Prompt")
@@ -384,8 +411,8 @@ class AttuneDynamicPrompt(io.ComfyNode):
             level.model, clip, trajectory, texts, start, task, encode, level.read, settings,
             None if guidance == 1 else nulls, schema.node_id(cls),
         )  # fmt: skip
-        vectors = {name: torch.stack([v[name] for v in done.vectors]).float().cpu() for name in start}
-        words = LearnedWords(prompt, names, positions, vectors)
+        kept = {name: torch.stack([v[name] for v in done.vectors]).float().cpu() for name in start}
+        words = LearnedWords(prompt, names, positions, kept)
         windows = runs.windows(model, trajectory.sigmas)
         positive = host.encode_steps(clip, prompt, words.by_position(), windows, like)
         header = {

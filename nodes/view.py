@@ -28,15 +28,22 @@ def noised_path(model, latent):
     return Trajectory(sigmas, path, len(sigmas) - 1, runs.describe_model(model))
 
 
-def look(model, conditioning, trajectory, every, receive, before):
-    """Runs the UNet once on every n-th latent of a trajectory; ``receive`` sees each attention layer.
+def as_drawn(latents, sigmas, step):
+    """(x, sigma) of a step of a trajectory: what its drawing asks the model for."""
+    return latents[step], float(sigmas[step])
+
+
+def look(model, conditioning, trajectory, every, receive, before, at=as_drawn):
+    """Runs the UNet once on every n-th step of a trajectory; ``receive`` sees each attention layer.
 
     ``before(i, evaluate)`` is called before each step with its number and a function that runs it once more.
+    ``at(latents, sigmas, step)`` gives the x and sigma that are looked at.
     """
 
     def body(denoise, start, report):
         for i in range(0, len(trajectory.sigmas) - 1, every):
-            x, sigma = trajectory.latents[i].to(start), float(trajectory.sigmas[i])
+            x, sigma = at(trajectory.latents, trajectory.sigmas, i)
+            x = x.to(start)
             before(i, functools.partial(denoise, x, sigma))
             report(i, denoise(x, sigma), x)
 
