@@ -7,11 +7,18 @@ import torch
 from .words import CHUNK
 
 
-def check_same_count(source, target):
-    """Raises ValueError when the prompts have different numbers of words: then words were added or taken away."""
-    ours, theirs = [w.text for w in source.words], [w.text for w in target.words]
+def same_count(source, target):
+    """The two prompts' :class:`words.Tokens` with as many words in both: CLIP's, or where those differ in number the
+    words between spaces, as the authors' code counts them ("t-shirt" is three of CLIP's and one of those).
+
+    Raises ValueError where neither come out even: then words were added or taken away."""
+    ours, theirs = source.words, target.words
     if len(ours) == len(theirs):
-        return
+        return source, target
+    between_spaces = source.between_spaces(), target.between_spaces()
+    if None not in between_spaces and len(between_spaces[0].words) == len(between_spaces[1].words):
+        return between_spaces
+    ours, theirs = [w.text for w in ours], [w.text for w in theirs]
     changes = [
         f'"{" ".join(ours[a:b])}" -> "{" ".join(theirs[c:d])}"'
         for kind, a, b, c, d in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes()
@@ -52,7 +59,7 @@ def swap_map(source, target):
 
     Raises ValueError when the numbers of words differ.
     """
-    check_same_count(source, target)
+    source, target = same_count(source, target)
     mapper = torch.zeros(source.length, target.length)
     for ours, theirs in zip(source.words, target.words, strict=True):
         if len(ours.positions) == len(theirs.positions):

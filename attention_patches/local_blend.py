@@ -24,7 +24,8 @@ class LocalBlend:
     """Keeps the edit of ``prompt``, whose conditioning has ``tokens`` tokens, inside a mask.
 
     ``words`` make the mask, if any; ``mask`` (B or 1, H, W) in 0..1 bounds it, or stands alone. ``threshold`` is a
-    share of the strongest attention, ``start`` the share of the steps after which it acts, ``level`` the picture
+    share of the strongest attention, ``outside_threshold`` the one for words that keep the edit out (None for the
+    same), ``start`` the share of the steps after which it acts, ``level`` the picture
     tokens of the attention level whose maps count (the nearest that the UNet has).
     """
 
@@ -36,6 +37,7 @@ class LocalBlend:
     start: float = 0.2
     level: int = 256
     reference: str = "source"
+    outside_threshold: float | None = None
 
     def acts(self, step, steps):
         """Whether it blends at the 0-based ``step`` of ``steps``: from floor(start * steps) on."""
@@ -67,14 +69,16 @@ class LocalBlend:
             maps = maps[:, :, None]
             # Without words to keep it in, the edit may be wherever the others do not keep it out.
             free = not (self.words.source_inside or self.words.target_inside)
-            inside = [self._stands_out(F.max_pool2d(m, 3, 1, 1), size) | free for m in maps[:2]]
-            outside = [self._stands_out(m, size) for m in maps[2:]]
+            inside = [_stands_out(F.max_pool2d(m, 3, 1, 1), size, self.threshold) | free for m in maps[:2]]
+            bound = self.threshold if self.outside_threshold is None else self.outside_threshold
+            outside = [_stands_out(m, size, bound) for m in maps[2:]]
             parts.append(((inside[0] | inside[1]) & ~(outside[0] | outside[1])).float())
         return parts[0] if len(parts) == 1 else parts[0].to(parts[1].device) * parts[1]
 
-    def _stands_out(self, heat, size):
-        heat = F.interpolate(heat, size)
-        return heat > self.threshold * heat.amax((-2, -1), keepdim=True)
+
+def _stands_out(heat, size, threshold):
+    heat = F.interpolate(heat, size)
+    return heat > threshold * heat.amax((-2, -1), keepdim=True)
 
 
 def blend(x, clean, source, weight, sigma, next_sigma):

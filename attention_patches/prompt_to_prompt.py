@@ -24,8 +24,9 @@ class PromptToPrompt(Controller):
     (T_target,) bool leaves out keep the target's own.
 
     ``cross`` and ``self_`` are the windows of the two injections; ``word_windows``, pairs of (positions, window), take
-    the place of ``cross`` at some of the columns. Self-attention is replaced where the picture has at most
-    ``token_limit`` tokens.
+    the place of ``cross`` at some of the columns. Cross-attention is replaced in ``cross_layers``, counted from 0, None
+    for all; self-attention in ``self_layers``, or where those are None in the layers of at most ``token_limit`` picture
+    tokens.
     """
 
     replaces_words = True
@@ -36,6 +37,8 @@ class PromptToPrompt(Controller):
     self_: Window
     word_windows: tuple = ()
     token_limit: int = 1024
+    cross_layers: frozenset | None = None
+    self_layers: frozenset | None = None
     reference: str = "source"
 
     @property
@@ -44,8 +47,10 @@ class PromptToPrompt(Controller):
 
     def edits(self, place):
         if place.kind == "cross":
-            return self._carries(place.step, place.steps)
-        return place.tokens <= self.token_limit and self.self_.contains(place.step, place.steps)
+            there = self.cross_layers is None or place.number in self.cross_layers
+            return there and self._carries(place.step, place.steps)
+        there = place.tokens <= self.token_limit if self.self_layers is None else place.number in self.self_layers
+        return there and self.self_.contains(place.step, place.steps)
 
     def _carries(self, step, steps):
         # The reference code's table for the cross-attention has one row more than there are steps.

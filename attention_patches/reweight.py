@@ -9,6 +9,7 @@ Paper: Hertz et al., "Prompt-to-Prompt Image Editing with Cross Attention Contro
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .controller import Controller
@@ -17,15 +18,23 @@ from .values import Window
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reweight(Controller):
-    """``factors`` (T,) multiply the target's columns inside the window ``cross``."""
+    """``factors`` (T,) multiply the target's columns inside the window ``cross``; those of a word in ``word_windows``,
+    pairs of token positions and a :class:`Window`, inside its own, as the authors' code bounds them."""
 
     factors: Tensor
     cross: Window
+    word_windows: tuple = ()
 
     def edits(self, place):
-        if place.kind != "cross" or not self.cross.contains(place.step, place.steps + 1):
-            return False
-        return bool((self.factors != 1).any())
+        return place.kind == "cross" and bool((self.factors_at(place.step, place.steps) != 1).any())
+
+    def factors_at(self, step, steps):
+        """The factors (T,) at the 0-based ``step`` of ``steps``, 1 where nothing is scaled."""
+        # The reference code's table for the cross-attention has one row more than there are steps.
+        acts = torch.full(self.factors.shape, self.cross.contains(step, steps + 1))
+        for positions, window in self.word_windows:
+            acts[list(positions)] = window.contains(step, steps + 1)
+        return torch.where(acts, self.factors, 1.0)
 
     def cross_map(self, place, own, references):
-        return own * self.factors.to(own)
+        return own * self.factors_at(place.step, place.steps).to(own)

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 
 CHUNK = 77  # CLIP reads a prompt in pieces of 77 tokens, each with its own start, end and padding
@@ -53,6 +53,20 @@ class Tokens:
     def keys(self):
         """For every position that belongs to a word, in order: (position, what tells its token from others)."""
         return [pair for w in self.words for pair in zip(w.positions, w.keys, strict=True)]
+
+    def between_spaces(self):
+        """The same prompt with the words as they stand between spaces, such as "t-shirt" in one; None where they cannot
+        be told apart, as where brackets weigh several words at once."""
+        words, left = [], list(self.words)
+        for part in self.prompt.split():
+            read = self.cut(part)
+            mine, left = left[: len(read)], left[len(read) :]
+            if [w.text.lower() for w in mine] != [text.lower() for text in read]:
+                return None
+            if mine:
+                positions, keys = (tuple(one for w in mine for one in getattr(w, of)) for of in ("positions", "keys"))
+                words.append(Word("".join(w.text for w in mine), positions, keys))
+        return None if left else replace(self, words=tuple(words))
 
     def find(self, word, where=ON_THE_NODE):
         """The positions of every occurrence of a word (or of several words in a row), one tuple each.
@@ -213,6 +227,24 @@ def read_stretches(text, where="it on the Attune node"):
         return (_number(start) if dash else 0.0), _number(end)
 
     return _read_pairs(text, read, 'a word and its share of the steps, such as "red: 0.4" or "red: 0.1-0.6"', where)
+
+
+def read_layers(text, where="the Attune node"):
+    """Layer numbers from 0 of "4-14" or "4, 6-9", which count from 1; None for no text. Raises ValueError; ``where``
+    says what to change then."""
+    if not text.strip():
+        return None
+    layers = set()
+    for part in re.split(r"[,\s]+", text.strip().strip(",")):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= first <= last:
+            raise ValueError(
+                f'The layers are "{text}", but numbers from 1 on and stretches of them are needed, such as "4-14" or '
+                f'"4, 6-9"; change {where}.'
+            )
+        layers |= set(range(first - 1, last))
+    return frozenset(layers)
 
 
 def read_braces(text, where="the Attune node"):

@@ -47,8 +47,14 @@ class Case:
     word_windows: tuple = ()  # (word, (start, end)) pairs
     preserve: tuple = ()
     weights: tuple = ()  # (word, factor) pairs
+    weight_windows: tuple = ()  # (word, (start, end)) pairs, of the factors
     inside: tuple = ()
     outside: tuple = ()
+    source_inside: tuple = ()  # with these the words above are the target's alone
+    source_outside: tuple = ()
+    outside_threshold: float = 0.0  # 0 for the same as inside
+    cross_layers: str = ""
+    self_layers: str = ""
     grid: str = host.HOST_GRID
 
 
@@ -76,6 +82,11 @@ def cases(scene):
         ),
         "swap, a window for one word": Case(source, recolored, word_windows=((color, (0.2, 0.5)),)),
         "swap, one word preserved": Case(source, reshaped, preserve=(other.shape,)),
+        "swap, cross-attention in layers 1-6 and 8": Case(source, recolored, cross_layers="1-6, 8"),
+        "swap, self-attention in layers 4-14": Case(source, reshaped, self_layers="4-14"),
+        "swap, a word of three for CLIP and one between spaces": Case(
+            source.replace(thing.color, "t-shirt", 1), recolored
+        ),
         "swap, prompts over 77 tokens": Case(source + tail, in_pieces + tail),
         "refine, a word added": Case(source, striped, REFINE),
         "refine, words removed": Case(source, alone, REFINE),
@@ -83,14 +94,38 @@ def cases(scene):
         "re-weight by 0": Case(source, source, NONE, weights=((thing.color, 0.0),)),
         "re-weight by -1": Case(source, source, NONE, weights=((thing.color, -1.0),)),
         "re-weight after swap": Case(source, recolored, weights=((color, 2.0), ("background", 0.5))),
+        "re-weight after swap, a window for one word": Case(
+            source, recolored, word_windows=((color, (0.0, 0.4)),), weights=((color, 2.0),),
+            weight_windows=((color, (0.0, 0.4)),),
+        ),
+        "re-weight after swap, the window not the factor's": Case(
+            source, recolored, word_windows=((color, (0.0, 0.4)),), weights=((color, 2.0),)
+        ),
         "re-weight after refine": Case(source, striped, REFINE, weights=(("striped", 3.0),)),
         "swap, local blend": Case(source, reshaped, self_=(0.0, 0.0), inside=(thing.shape, shape)),
         "refine, local blend with a word outside": Case(
             source, striped, REFINE, inside=(thing.shape, other.shape), outside=(other.shape,)
         ),
+        "swap, local blend by pairs of words": Case(
+            source, reshaped, self_=(0.0, 0.0), inside=(other.shape,), source_inside=(thing.shape,),
+        ),
+        "swap, local blend with two thresholds": Case(
+            source, reshaped, self_=(0.0, 0.0), inside=(thing.shape, shape), outside=(other.shape,),
+            outside_threshold=0.7,
+        ),
         "re-weight, local blend": Case(source, source, NONE, weights=((thing.color, -1.0),), inside=(thing.shape,)),
         "swap, the papers' timesteps": Case(source, reshaped, inside=(thing.shape, shape), grid=host.PAPERS_GRID),
     }  # fmt: skip
+
+
+def _stretches(windows):
+    return ", ".join(f"{word}: {a}-{b}" for word, (a, b) in windows)
+
+
+def read_layers(text):
+    """The layers, from 0, that "1-6, 8" counts from 1; None for no text."""
+    spans = [[int(end) for end in part.split("-")] for part in text.split(",") if part]
+    return frozenset(n for span in spans for n in range(span[0] - 1, span[-1])) or None
 
 
 # ---- the two sides ---------------------------------------------------------------------------------------------------
@@ -124,15 +159,18 @@ class Sides:
         spans = (*case.cross, *case.self_, case.limit)
         if case.kind != NONE:
             node = {SWAP: edit.AttunePromptSwap, REFINE: edit.AttunePromptRefine}[case.kind]
-            words = ", ".join(f"{word}: {a}-{b}" for word, (a, b) in case.word_windows), ", ".join(case.preserve)
+            words = _stretches(case.word_windows), ", ".join(case.preserve), case.cross_layers, case.self_layers
             model, positive = call(node, model, clip, trajectory, case.source, case.target, *spans, *words)
         if case.weights:
             weights = ", ".join(f"{word}: {factor:g}" for word, factor in case.weights)
+            spans = *spans, _stretches(case.weight_windows)
             model, positive = call(edit.AttunePromptReweight, model, clip, trajectory, case.target, weights, *spans)
         if case.inside:
             words = ", ".join(case.inside), ", ".join(case.outside)
             prompts = case.source, case.target
-            model, positive = call(edit.AttuneLocalBlend, model, clip, trajectory, *prompts, *words, *BLEND)
+            pairs = ", ".join(case.source_inside), ", ".join(case.source_outside), case.outside_threshold
+            arguments = *prompts, *words, *BLEND, None, *pairs
+            model, positive = call(edit.AttuneLocalBlend, model, clip, trajectory, *arguments)
         return self.drawn(model, positive, self.empty, trajectory)
 
     def drawn(self, model, positive, negative, trajectory):
@@ -163,6 +201,9 @@ class Sides:
         else:
             mapper, keep = {SWAP: paper.swap, REFINE: paper.refine}[case.kind](source, target, quirk)
         words = dict(case.word_windows) | dict.fromkeys(case.preserve, case.cross)
+        # The authors' code bounds a word's factor as it bounds its map; the pack only where it is told to.
+        apart = case.weights and case.word_windows and not quirk
+        layers = (read_layers(text) for text in (case.cross_layers, case.self_layers))
         cross = (0.0, 0.0) if case.preserve else case.cross
         wanted = paper.Edit(
             mapper=mapper,
@@ -170,14 +211,17 @@ class Sides:
             scale=paper.factors(target, dict(case.weights)),
             alpha=paper.windows(target, steps, cross, words),
             self_steps=tuple(int(share * steps) for share in case.self_),
-            self_limit=case.limit,
+            self_limit=1 << 20 if case.self_layers else case.limit,
+            scale_alpha=paper.windows(target, steps, case.cross, dict(case.weight_windows)) if apart else None,
+            **dict(zip(("cross_layers", "self_layers"), layers, strict=True)),
         )
         blend = None
         if case.inside:
+            told = (case.source_inside, case.inside), (case.source_outside, case.outside)
             marks = [
-                torch.stack([p.indicator(words) for p in (source, target)]) for words in (case.inside, case.outside)
+                torch.stack([source.indicator(ours or theirs), target.indicator(theirs)]) for ours, theirs in told
             ]
-            blend = paper.Blend(*marks, *BLEND)
+            blend = paper.Blend(*marks, *BLEND, case.outside_threshold or None)
         noise = trajectory.latents[0] / (1 + trajectory.sigmas[0] ** 2).sqrt()
         # A long prompt needs a null as long; attention cannot tell repeated columns from one.
         null = self.empty[0][0].repeat(1, len(target.ids) // paper.CHUNK, 1)
@@ -222,6 +266,7 @@ QUIRKS = {
     "what follows a word with more tokens": "swap, more tokens in the new word",
     "what follows a word with fewer tokens": "swap, fewer tokens in the new word",
     "padding that would read a removed word": "refine, words removed",
+    "a word's window and its factor": "re-weight after swap, the window not the factor's",
 }
 
 

@@ -306,6 +306,8 @@ WHY = {
     "other words",
     "what follows a word with fewer tokens": "the same",
     "padding that would read a removed word": "the authors' code lets padding look where the removed word looked",
+    "a word's window and its factor": "the authors' code bounds the factor of a word by the word's window, too; here a "
+    "factor has word_windows of its own, and the same ones there give the same",
     "masks at coarser levels": "the authors' code takes the value in a token's corner; here a token takes the greatest "
     "value in it",
     "masks of words at coarser levels": "the same",

@@ -69,8 +69,11 @@ class Edit:
 
         alpha * (M @ mapper + O * keep) * scale + (1 - alpha) * O,   column by column of the target.
 
-    ``mapper`` (T, T), ``keep`` and ``scale`` (T,), ``alpha`` (S + 1, T). In the steps ``self_steps`` (first, one past
-    the last) the source's self-attention stands in for the target's where N <= ``self_limit``.
+    ``mapper`` (T, T), ``keep`` and ``scale`` (T,), ``alpha`` (S + 1, T). The authors' code bounds the scale by the same
+    alpha; where it has windows of its own, ``scale_alpha`` (S + 1, T), it is applied behind the rest. In the steps
+    ``self_steps`` (first, one past the last) the source's self-attention stands in for the target's where N <=
+    ``self_limit``. ``cross_layers`` and ``self_layers`` are the numbers, from 0, of the layers that are edited, None
+    for all.
     """
 
     mapper: torch.Tensor
@@ -79,19 +82,24 @@ class Edit:
     alpha: torch.Tensor
     self_steps: tuple = (0, 0)
     self_limit: int = 0
+    scale_alpha: torch.Tensor | None = None
+    cross_layers: frozenset | None = None
+    self_layers: frozenset | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Blend:
     """Local blend, as null-text inversion's code has it. ``inside`` and ``outside`` (2, T) mark the words' columns in
     the source and in the target; a prompt without any has no mask of its own. The level with N nearest to ``tokens``
-    is read. Blending starts after ``start`` (0..1) of the steps."""
+    is read. Blending starts after ``start`` (0..1) of the steps. ``outside_threshold`` is the second of the authors'
+    pair of thresholds, None for the first again."""
 
     inside: torch.Tensor
     outside: torch.Tensor
     threshold: float = 0.3
     start: float = 0.2
     tokens: int = 256
+    outside_threshold: float | None = None
 
 
 # ---- the three edits ---------------------------------------------------------------------------------------------
@@ -230,19 +238,36 @@ class _Lockstep:
     """What the attention layers share while one pair is drawn."""
 
     def __init__(self, edit):
-        self.edit, self.step = edit, 0
+        self.edit, self.step, self.asked = edit, 0, {"self": 0, "cross": 0}
         self.sums = {}  # N -> (2, N, T), cross maps of source and target over heads, layers and steps, as edited
 
+    def begin(self, step):
+        self.step, self.asked = step, {"self": 0, "cross": 0}
+
+    def number(self, kind):
+        """Which layer of its kind this is, in the order in which the network runs them."""
+        self.asked[kind] += 1
+        return self.asked[kind] - 1
+
     def self_map(self, p):
+        number, layers = self.number("self"), self.edit.self_layers
+        if layers is not None and number not in layers:
+            return
         first, last = self.edit.self_steps
         if first <= self.step < last and p.shape[2] <= self.edit.self_limit:
             p[TARGET] = p[SOURCE]
 
     def cross_map(self, p):
-        edit, own = self.edit, p[TARGET]
-        edited = (p[SOURCE] @ edit.mapper + own * edit.keep) * edit.scale
+        edit, own, number = self.edit, p[TARGET], self.number("cross")
         alpha = edit.alpha[self.step]
-        p[TARGET] = alpha * edited + (1 - alpha) * own
+        if edit.cross_layers is not None and number not in edit.cross_layers:
+            alpha = torch.zeros_like(alpha)
+        edited = p[SOURCE] @ edit.mapper + own * edit.keep
+        if edit.scale_alpha is None:
+            p[TARGET] = alpha * edited * edit.scale + (1 - alpha) * own
+        else:
+            acts = edit.scale_alpha[self.step]
+            p[TARGET] = (alpha * edited + (1 - alpha) * own) * (acts * edit.scale + 1 - acts)
         tokens = p.shape[2]
         self.sums[tokens] = self.sums.get(tokens, 0) + p[SOURCE:].sum(1)
 
@@ -282,7 +307,8 @@ def draw(unet, scheduler_kind, noise, source, target, null, guidance, steps, edi
     unet.set_attn_processor({name: _Attention(run) for name in before})
     try:
         latents = [noise.repeat(2, 1, 1, 1)]
-        for run.step, t in enumerate(ddim.timesteps.tolist()):
+        for step, t in enumerate(ddim.timesteps.tolist()):
+            run.begin(step)
             z = latents[-1]
             empty, clean = unet(torch.cat([z, z]), t, encoder_hidden_states=text).sample.chunk(2)
             z = ddim.step(empty + guidance * (clean - empty), t, z).prev_sample
@@ -300,7 +326,8 @@ def _mask(blend, sums, size):
     maps = sums[tokens]
     mask = _above(maps, blend.inside, blend.threshold, size, pool=True)
     if blend.outside.any():
-        mask = mask & ~_above(maps, blend.outside, blend.threshold, size, pool=False)
+        second = blend.threshold if blend.outside_threshold is None else blend.outside_threshold
+        mask = mask & ~_above(maps, blend.outside, second, size, pool=False)
     return mask.float()
 
 

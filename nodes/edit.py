@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..attention_patches import host
-from ..attention_patches.alignment import align, refine_map, shifted_words, swap_map
+from ..attention_patches.alignment import align, refine_map, same_count, shifted_words, swap_map
 from ..attention_patches.embedding_control import control
 from ..attention_patches.local_blend import LocalBlend, changed
 from ..attention_patches.prompt_to_prompt import PromptToPrompt
@@ -16,7 +16,7 @@ from ..attention_patches.reference import Reference
 from ..attention_patches.reweight import Reweight
 from ..attention_patches.values import Window
 from ..attention_patches.watch import WatchedWords
-from ..attention_patches.words import read_factors, read_list, read_stretches
+from ..attention_patches.words import read_factors, read_layers, read_list, read_stretches
 from ..inversion import host as runs
 from ..inversion.trajectory import ANOTHER_FP8_TEXT, ANOTHER_TEXT, check_same_model, negative_of, text_distance
 from ..messages import legible
@@ -24,6 +24,7 @@ from . import schema
 
 log = logging.getLogger("attune")
 CROSS, SELF = "cross_start to cross_end", "self_start to self_end"
+LAYERS = "cross_layers", "self_layers"
 
 
 # ---- what the edits share ----------------------------------------------------------------------------------------
@@ -104,6 +105,30 @@ def word_inputs():
             tooltip=(
                 "Keeps only these words of the target where they are, with commas between, and leaves the rest of the "
                 "picture to the prompt. Lower self_end, too, to give the rest room. Empty keeps all words."
+            ),
+        ),
+    ]
+
+
+def layer_inputs():
+    return [
+        io.String.Input(
+            "cross_layers",
+            default="",
+            optional=True,
+            tooltip=(
+                "The cross-attention layers in which words look where the source's words looked, counted from 1, such "
+                'as "4-14" or "1-6, 8"; Stable Diffusion 1.x has 16. Fewer keep less of the layout. Empty is all, as '
+                "in the paper."
+            ),
+        ),
+        io.String.Input(
+            "self_layers",
+            default="",
+            optional=True,
+            tooltip=(
+                "The self-attention layers in which the picture is put together as the source is, in place of "
+                'token_limit. At 512 pixels "3-13" is what a token_limit of 1024 takes. Empty goes by token_limit.'
             ),
         ),
     ]
@@ -240,7 +265,15 @@ def text_of(clip, trajectory, prompt):
     return host.encode(clip, prompt, like)
 
 
-def edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_limit, word_windows, preserve):
+def own_windows(text, read, prompt, node):
+    """Pairs of token positions and their window, of what the user wrote into word_windows about the words of the prompt
+    that was ``read``."""
+    change = f"word_windows or {prompt} on {node}"
+    stretches = read_stretches(text, f"word_windows on {node}")
+    return tuple((read.positions([word], change), Window(*w, f'"{word}"')) for word, w in stretches)
+
+
+def edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_limit, word_windows, preserve, *layers):
     """A MODEL with the words of ``prompts`` (source, target) exchanged by ``mapping``'s map, and the positive."""
     node_id, node = schema.node_id(cls), schema.title(cls)
     reference = source_of(model, clip, trajectory, prompts[0], node_id)
@@ -248,9 +281,7 @@ def edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_li
     host.check_length(source, reference.conditioning)
     mapper = mapping(source, target)
     injected = mapper.any(0)
-    stretches = read_stretches(word_windows, f"word_windows on {node}")
-    change = f"word_windows or the target prompt on {node}"
-    own = tuple((target.positions([word], change), Window(*w, f'"{word}"')) for word, w in stretches)
+    own = own_windows(word_windows, target, "the target prompt", node)
     if kept := read_list(preserve):
         positions = list(target.positions(kept, f"preserve or the target prompt on {node}"))
         if not injected[positions].all():
@@ -261,7 +292,12 @@ def edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_li
         only = torch.zeros_like(injected)
         only[positions] = True
         injected = injected & only
-    if windows[2] < windows[3]:
+    cross_layers, self_layers = (
+        read_layers(text, f"{name} on {node}") for name, text in zip(LAYERS, layers, strict=True)
+    )
+    host.check_layers(model, cross_layers, LAYERS[0], node, first=1)
+    host.check_layers(model, self_layers, LAYERS[1], node, first=1)
+    if windows[2] < windows[3] and self_layers is None:
         warn_of_no_layer(model, trajectory, token_limit, node_id)
     controller = PromptToPrompt(
         prompt=prompts[1],
@@ -272,6 +308,8 @@ def edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_li
         self_=Window(*windows[2:], SELF),
         word_windows=own,
         token_limit=token_limit,
+        cross_layers=cross_layers,
+        self_layers=self_layers,
     )
     return io.NodeOutput(host.install(model, [reference], [controller]), text_of(clip, trajectory, prompts[1]))
 
@@ -299,27 +337,32 @@ class AttunePromptSwap(io.ComfyNode):
                 ),
                 *window_inputs(),
                 *word_inputs(),
+                *layer_inputs(),
             ],
             outputs=edit_outputs(),
             hidden=[io.Hidden.unique_id],
         )
-        schema.folded(node, "word_windows", "preserve")
+        schema.folded(node, "word_windows", "preserve", *LAYERS)
         return schema.searchable(node, "prompt-to-prompt", "p2p", "word swap", "replace word", "attention replace")
 
     @classmethod
     def execute(
         cls, model, clip, trajectory, source_prompt, target_prompt,
-        cross_start, cross_end, self_start, self_end, token_limit, word_windows="", preserve="",
+        cross_start, cross_end, self_start, self_end, token_limit, word_windows="", preserve="", cross_layers="",
+        self_layers="",
     ):  # fmt: skip
         windows = cross_start, cross_end, self_start, self_end
         prompts = source_prompt, target_prompt
 
         def mapping(source, target):
-            mapper = swap_map(source, target)
+            source, target = same_count(source, target)
             warn_of_shifted_words(source, target, schema.node_id(cls))
-            return mapper
+            return swap_map(source, target)
 
-        return edit_words(cls, model, clip, trajectory, prompts, mapping, windows, token_limit, word_windows, preserve)
+        return edit_words(
+            cls, model, clip, trajectory, prompts, mapping, windows, token_limit, word_windows, preserve, cross_layers,
+            self_layers,
+        )  # fmt: skip
 
 
 class AttunePromptRefine(io.ComfyNode):
@@ -343,11 +386,12 @@ class AttunePromptRefine(io.ComfyNode):
                 ),
                 *window_inputs(),
                 *word_inputs(),
+                *layer_inputs(),
             ],
             outputs=edit_outputs(),
             hidden=[io.Hidden.unique_id],
         )
-        schema.folded(node, "word_windows", "preserve")
+        schema.folded(node, "word_windows", "preserve", *LAYERS)
         return schema.searchable(
             node, "prompt-to-prompt", "p2p", "prompt refinement", "add word", "attention refine", "style"
         )
@@ -355,13 +399,15 @@ class AttunePromptRefine(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, trajectory, source_prompt, target_prompt,
-        cross_start, cross_end, self_start, self_end, token_limit, word_windows="", preserve="",
+        cross_start, cross_end, self_start, self_end, token_limit, word_windows="", preserve="", cross_layers="",
+        self_layers="",
     ):  # fmt: skip
         windows = cross_start, cross_end, self_start, self_end
         prompts = source_prompt, target_prompt
         return edit_words(
-            cls, model, clip, trajectory, prompts, refine_map, windows, token_limit, word_windows, preserve
-        )
+            cls, model, clip, trajectory, prompts, refine_map, windows, token_limit, word_windows, preserve,
+            cross_layers, self_layers,
+        )  # fmt: skip
 
 
 class AttunePromptReweight(io.ComfyNode):
@@ -397,25 +443,38 @@ class AttunePromptReweight(io.ComfyNode):
                     ),
                 ),
                 *window_inputs(),
+                io.String.Input(
+                    "word_windows",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        'A stretch of the steps of its own for the factor of single words, such as "star: 0.4" or '
+                        '"red: 0.1-0.6". Behind a swap with word_windows give the same here for what the authors\' '
+                        "code does, which bounds both."
+                    ),
+                ),
             ],
             outputs=edit_outputs(),
             hidden=[io.Hidden.unique_id],
         )
+        schema.folded(node, "word_windows")
         return schema.searchable(
             node, "prompt-to-prompt", "p2p", "attention weight", "equalizer", "emphasis", "fader", "attention reweight"
         )
 
     @classmethod
     def execute(
-        cls, model, clip, trajectory, prompt, weights, cross_start, cross_end, self_start, self_end, token_limit
-    ):
+        cls, model, clip, trajectory, prompt, weights, cross_start, cross_end, self_start, self_end, token_limit,
+        word_windows="",
+    ):  # fmt: skip
         cross = Window(cross_start, cross_end, CROSS)
         read = host.read_words(clip, prompt)
         factors = torch.ones(read.length)
         node = schema.title(cls)
         for word, factor in read_factors(weights, f"weights on {node}"):
             factors[list(read.positions([word], f"weights or the prompt on {node}"))] = factor
-        controllers = [Reweight(prompt=prompt, tokens=read.length, factors=factors, cross=cross)]
+        own = own_windows(word_windows, read, "the prompt", node)
+        controllers = [Reweight(prompt=prompt, tokens=read.length, factors=factors, cross=cross, word_windows=own)]
         text, node_id = text_of(clip, trajectory, prompt), schema.node_id(cls)
         host.check_length(read, text)
         if carried := host.source_of_words(model, prompt):
@@ -427,7 +486,7 @@ class AttunePromptReweight(io.ComfyNode):
             if self_start < self_end:
                 warn_of_no_layer(model, trajectory, token_limit, node_id)
             same = refine_map(read, read)
-            own = PromptToPrompt(
+            layout = PromptToPrompt(
                 prompt=prompt,
                 tokens=read.length,
                 mapper=same,
@@ -436,7 +495,7 @@ class AttunePromptReweight(io.ComfyNode):
                 self_=Window(self_start, self_end, SELF),
                 token_limit=token_limit,
             )
-            controllers.insert(0, own)
+            controllers.insert(0, layout)
         return io.NodeOutput(host.install(model, [source], controllers), text)
 
 
@@ -511,22 +570,49 @@ class AttuneLocalBlend(io.ComfyNode):
                         "what both allow changes."
                     ),
                 ),
+                *(
+                    io.String.Input(
+                        f"source_{name}",
+                        default="",
+                        optional=True,
+                        tooltip=(
+                            f"Words of the source prompt alone, with commas between; {name} then names words of the "
+                            "target prompt alone, as the authors' code pairs them. For prompts that both hold a word "
+                            "which only one of them means. Empty looks for the words in both."
+                        ),
+                    )
+                    for name in ("inside", "outside")
+                ),
+                io.Float.Input(
+                    "outside_threshold",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    optional=True,
+                    tooltip=(
+                        "A threshold of its own for the words outside. Higher protects less around them; 0 takes "
+                        "threshold for both."
+                    ),
+                ),
             ],
             outputs=edit_outputs(),
             hidden=[io.Hidden.unique_id],
         )
-        schema.folded(node, "tokens")
+        schema.folded(node, "tokens", "source_inside", "source_outside", "outside_threshold")
         return schema.searchable(node, "prompt-to-prompt", "p2p", "local edit", "keep background", "blend words")
 
     @classmethod
     def execute(
-        cls, model, clip, trajectory, source_prompt, target_prompt, inside, outside, threshold, start, tokens, mask=None
-    ):
+        cls, model, clip, trajectory, source_prompt, target_prompt, inside, outside, threshold, start, tokens,
+        mask=None, source_inside="", source_outside="", outside_threshold=0.0,
+    ):  # fmt: skip
         reference = source_of(model, clip, trajectory, source_prompt, schema.node_id(cls))
         source, target = host.read_words(clip, source_prompt), host.read_words(clip, target_prompt)
         words = [
-            _where(read_list(text), source, target, f"{name} or the prompts on Attune Local Blend")
-            for name, text in (("inside", inside), ("outside", outside))
+            _where(read_list(text), read_list(theirs), source, target, name, "Attune Local Blend")
+            for name, text, theirs in (("inside", inside, source_inside), ("outside", outside, source_outside))
         ]
         named = any(at for pair in words for at in pair)
         if not named and mask is None:
@@ -546,13 +632,18 @@ class AttuneLocalBlend(io.ComfyNode):
             threshold=threshold,
             start=start,
             level=tokens,
+            outside_threshold=outside_threshold or None,
         )
         return io.NodeOutput(host.install(model, [reference], blends=[one]), text_of(clip, trajectory, target_prompt))
 
 
-def _where(words, source, target, change):
-    """The positions of words in the source and in the target prompt; each has to be in one of them, or ``change`` says
-    what to change."""
+def _where(words, of_source, source, target, name, node):
+    """The positions of words in the source and in the target prompt: of ``words`` in both, each of which has to be in
+    one of them; or, where there are words ``of_source``, of those in the source and of ``words`` in the target."""
+    if of_source:
+        read = ((of_source, source, f"source_{name} or the source"), (words, target, f"{name} or the target"))
+        return tuple(tokens.positions(some, f"{told} prompt on {node}") for some, tokens, told in read)
+    change = f"{name} or the prompts on {node}"
     for word in words:
         if not source.holds(word):
             target.positions([word], change)  # says what is missing

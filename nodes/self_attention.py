@@ -1,7 +1,6 @@
 """Edits by self-attention and by region: a MODEL that draws the target from what the source is made of."""
 
 import functools
-import re
 
 import torch
 from comfy_api.latest import io
@@ -16,7 +15,7 @@ from ..attention_patches.reference import Reference
 from ..attention_patches.region_prompts import RegionPrompts
 from ..attention_patches.values import Window
 from ..attention_patches.watch import Watch, WatchedWords
-from ..attention_patches.words import read_list
+from ..attention_patches.words import read_layers, read_list
 from . import schema
 from .edit import (
     check_model,
@@ -68,23 +67,6 @@ def sources_of(model, clip, trajectory, prompt, node_id):
     if not prompt.strip():
         return [null_source(model, clip, trajectory, node_id)]
     return [source_of(model, clip, trajectory, prompt, node_id), read_without_text(clip, trajectory, node_id)]
-
-
-def read_layers(text, node):
-    """Layer numbers from 0 of "4-14" or "4, 6-9", which count from 1; None for no text. Raises ValueError."""
-    if not text.strip():
-        return None
-    layers = set()
-    for part in re.split(r"[,\s]+", text.strip().strip(",")):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-        if not 1 <= first <= last:
-            raise ValueError(
-                f'The layers are "{text}", but {node} takes numbers from 1 on and stretches of them, such as "4-14" '
-                'or "4, 6-9"; change them there.'
-            )
-        layers |= set(range(first - 1, last))
-    return frozenset(layers)
 
 
 # ---- nodes -------------------------------------------------------------------------------------------------------
@@ -149,7 +131,7 @@ class AttuneFreePromptEditing(io.ComfyNode):
             reference=reference.name,
             window=Window(start, end, "start to end"),
             token_limit=token_limit,
-            layers=read_layers(layers, "Attune Free Prompt Editing"),
+            layers=read_layers(layers, "layers on Attune Free Prompt Editing"),
         )
         host.check_layers(model, controller.layers, "layers", "Attune Free Prompt Editing", first=1)
         if controller.layers is None and start < end:
