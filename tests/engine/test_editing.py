@@ -120,6 +120,33 @@ def test_words_that_cannot_be(bench, options, match):
         words(bench, AttunePromptSwap, *options)
 
 
+def test_layers_of_words_are_read_and_refused_by_name(bench):
+    """1-16 are all of Stable Diffusion 1.x; none that are not there, and none that are no numbers."""
+    every = words(bench, AttunePromptSwap, "", "", "1-16", "1-16")
+    assert torch.equal(bench.sample(*every), bench.sample(*prompt_swap(bench, 1)))
+    for layers, said in (((" 4-", ""), "cross_layers on Attune Prompt Swap"), (("", "17"), "self_layers there")):
+        with pytest.raises(ValueError, match=said):
+            words(bench, AttunePromptSwap, "", "", *layers)
+
+
+def test_words_of_one_prompt_alone_bound_a_blend(bench):
+    """What only the source means by a word is named apart; a word that is not in that prompt says so."""
+
+    def blend(**more):
+        return outputs(
+            AttuneLocalBlend, bench.model, bench.clip, bench.trajectory, SOURCE, TARGET, "yellow", "", 0.3, 0.2, 256,
+            **more,
+        )  # fmt: skip
+
+    model, _ = blend(source_inside="red")
+    (one,) = model.model_options["transformer_options"]["attune"].blends
+    assert one.words.source_inside and one.words.target_inside and one.outside_threshold is None
+    with pytest.raises(ValueError, match="yellow.*source_inside or the source prompt on Attune Local Blend"):
+        blend(source_inside="yellow")
+    with pytest.raises(ValueError, match="zebra.*source_outside or the source prompt on Attune Local Blend"):
+        blend(source_outside="zebra")
+
+
 def test_a_second_edit_of_words_is_refused(bench):
     edited, _ = prompt_swap(bench, 1)
     with pytest.raises(ValueError, match="already carries an edit of words to .* a second would undo it"):

@@ -128,6 +128,40 @@ def test_reweight_scales_and_does_not_renormalise():
     assert not neutral.edits(place("cross", 0))
 
 
+def test_a_word_may_be_weighed_in_a_stretch_of_its_own():
+    factors, own = torch.tensor([1.0, -2.0, 3.0]), (((2,), Window(0.5, 1)),)
+    edit = Reweight(prompt="x", tokens=3, factors=factors, cross=Window(0, 0.2), word_windows=own)
+    # Rows of a table of 11 for 10 steps, as the authors' code has it: 0 and 1, and 5 to 9.
+    seen = [edit.factors_at(step, 10).tolist() for step in range(10)]
+    assert seen == [[1, -2, 1]] * 2 + [[1, 1, 1]] * 3 + [[1, 1, 3]] * 5
+    assert [step for step in range(10) if edit.edits(place("cross", step, 10))] == [0, 1, 5, 6, 7, 8, 9]
+
+
+def test_layers_can_be_named():
+    named = PromptToPrompt(
+        prompt="x", tokens=77, mapper=torch.eye(77), injected=torch.ones(77, dtype=torch.bool), cross=Window(0, 1),
+        self_=Window(0, 1), token_limit=0, cross_layers=frozenset({1}), self_layers=frozenset({2, 3}),
+    )  # fmt: skip
+
+    def acts(kind):
+        return [n for n in range(5) if named.edits(Place(kind, ("input", 1), 0, (16, 16), 0, 50, n))]
+
+    assert acts("cross") == [1] and acts("self") == [2, 3]  # whatever the token limit
+
+
+def test_a_blend_may_have_a_threshold_of_its_own_outside():
+    maps = torch.zeros(4, 1, 4, 4)
+    maps[1] = 1.0  # the target's word inside is everywhere
+    maps[3] = torch.linspace(0, 1, 16).view(1, 4, 4)
+    words = WatchedWords(target_inside=(1,), target_outside=(2,))
+
+    def kept(**more):
+        one = LocalBlend(prompt="x", tokens=77, words=words, threshold=0.3, **more)
+        return int(one.weight(maps, (4, 4)).sum())
+
+    assert (kept(), kept(outside_threshold=0.3), kept(outside_threshold=0.8)) == (5, 5, 13)
+
+
 def test_embedding_control_by_hand():
     source, target = torch.arange(4.0).view(1, 4, 1), 10 + torch.arange(5.0).view(1, 5, 1)
     mixed = control(source, target, torch.tensor([0, 1, -1, 2, 3]))

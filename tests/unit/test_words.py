@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attune.attention_patches.alignment import align, refine_map, shifted_words, swap_map
+from attune.attention_patches.alignment import align, refine_map, same_count, shifted_words, swap_map
 from attune.attention_patches.words import (
     CHUNK,
     group_words,
@@ -96,6 +97,36 @@ def test_second_chunk_counts_on():
 def test_added_words_are_refused_by_name():
     with pytest.raises(ValueError, match='2 words and the target prompt 3 .*"" -> "red".* take Attune Prompt Refine'):
         swap_map(tokens("a", "cat"), tokens("a", "red", "cat"))
+
+
+@pytest.mark.parametrize("source, target, at", [
+    ("a t-shirt here", "a dress here", (2, 3, 4)),
+    ("a 3d cat", "a flat cat", (2, 3)),
+    ("the cat's hat", "the cat hat", (2, 3)),
+    ("rock'n'roll music", "jazz music", (1, 2, 3, 4, 5)),
+])  # fmt: skip
+def test_words_count_between_spaces_where_clips_words_do_not_come_out_even(source, target, at):
+    """As the authors' code counts. CLIP's own words are what it cuts at hyphens, apostrophes and digits."""
+
+    def cut(text):
+        return re.findall(r"'[sdmt]|[a-z]+|[0-9]|[^a-z0-9 ]+", text.lower())
+
+    def read(text):
+        return replace(tokens(*cut(text)), prompt=text, cut=cut)
+
+    ours, theirs = same_count(read(source), read(target))
+    assert [w.text for w in ours.words] == source.split() and [w.text for w in theirs.words] == target.split()
+    mapper, place = swap_map(read(source), read(target)), at[0]
+    assert (mapper[list(at), place] == 1).all()  # every token of the old word, for the one of the new
+    after = ours.words[-1].positions[0], theirs.words[-1].positions[0]
+    assert mapper[after] == 1 and mapper[:, after[1]].sum() == 1  # what follows reads its own place
+    with pytest.raises(ValueError, match="words and the target prompt"):
+        swap_map(read(source), read(f"{target} and so very many more of them"))
+
+
+def test_words_are_not_told_apart_by_spaces_where_they_are_weighed_together():
+    read = replace(tokens("a", "red", "cat"), prompt="a (red cat:1.2)", cut=lambda text: ["?"])
+    assert read.between_spaces() is None
 
 
 def test_equal_pieces_map_one_to_one():
