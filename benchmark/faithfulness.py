@@ -465,8 +465,9 @@ def inversions(sides):
         latent = bench.encode(sides.pictures[number : number + 1])
         trajectory = call(invert.AttuneDDIMInversion, bench.model, latent, text, bench.steps, grid, level)[0]
         ours = sides.plain(trajectory)
-        # The papers take the picture to be z_0 itself; here it is x at the last noise level.
-        arguments = sides.network, GRIDS[grid], ours[-1], text[0][0].float(), bench.steps
+        # The papers take the picture to be z_0 itself, on the grid that ends above 0 as well.
+        picture = host.to_model_scale(bench.model, latent["samples"]).float()
+        arguments = sides.network, GRIDS[grid], picture, text[0][0].float(), bench.steps
         theirs, other = (reference.ddim_invert(*arguments, LEVELS[one])[1] for one in (level, others[level]))
         return furthest(ours, theirs), relative(other[0], theirs[0])
 
@@ -531,6 +532,16 @@ def inversions(sides):
         theirs, free = (sides.theirs(case, replace(trajectory, nulls=one))[1] for one in nulls)
         return relative(sides.drawn(model, positive, away, learned), theirs), relative(free, theirs)
 
+    def between(share, number):
+        """Its own arithmetic: the arc between two directions, in double precision, for each picture one."""
+        caption, empty = bench.text(sides.caption(number)), bench.text("")
+        trajectory = replace(sides.invert(number, sides.caption(number), host.HOST_GRID, False), conditioning=caption)
+        ours = call(invert.AttuneNegativePromptInversion, trajectory, share, empty)[1][0][0]
+        a, b = (one[0][0].double().flatten() for one in (caption, empty))
+        angle = torch.arccos(a @ b / (a.norm() * b.norm()))
+        theirs = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+        return relative(ours.flatten(), theirs.float()), relative(a.float(), theirs.float())
+
     found = [
         Check(*DDIM, f"latents of every step: {grid}, epsilon at the {level}", functools.partial(way, grid, level))
         for grid in GRIDS
@@ -550,6 +561,8 @@ def inversions(sides):
         Check(*DIRECT, "ablation: every third step, half of the way", functools.partial(direct, 3, 0.5)),
         Check(*NEGATIVE, "last latents of the guided run", negative),
         Check(*NEGATIVE, "last latents of an edit (FPE)", negative_edit),
+        Check("Negative-prompt inversion, interpolated", "Han et al. 2024, authors' code", "the negative's embedding",
+              functools.partial(between, 0.3)),
     ]
 
 

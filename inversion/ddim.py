@@ -19,6 +19,12 @@ def papers_sigmas(all_sigmas, steps):
     return all_sigmas[times].flip(0)
 
 
+def placed(picture, sigma):
+    """A latent (B, C, h, w) that a VAE gave, where an inversion begins at the level ``sigma``: the papers take it for
+    their z = x / sqrt(1 + sigma^2) of that level, even where their grid ends above 0 and some noise belongs to it."""
+    return picture * (1 + float(sigma) ** 2) ** 0.5
+
+
 def epsilon(denoise, x, sigma, level):
     """The noise prediction for x at ``sigma``, taken with the timestep of ``level``.
 

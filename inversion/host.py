@@ -27,9 +27,9 @@ from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save
 
 from ..messages import legible
-from . import disk, gradient
+from . import disk, gradient, negative_prompt
 from .ddim import draw, papers_sigmas
-from .trajectory import coarsest
+from .trajectory import coarsest, one_text
 
 VERSION = "0.9.0"  # this pack's, as in pyproject.toml
 
@@ -314,6 +314,24 @@ def _pytorch_attention(_kernel, q, k, v, heads, *args, **kwargs):
 def _drop_compiled(model):
     # A compiled network does not see forwards that are replaced.
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
+
+
+def between(conditioning, empty, share):
+    """The CONDITIONING a ``share`` of the way to the ``empty`` one (:func:`negative_prompt.between`), pooled text
+    included. Raises ValueError for several texts in either, and for another text encoder's."""
+    text, extras = one_text(conditioning, "TRAJECTORY's", "invert the image under one CLIP Text Encode")
+    other, theirs = one_text(empty, "empty", "connect one CLIP Text Encode to Attune Negative-Prompt Inversion")
+    if text.shape[-1] != other.shape[-1]:
+        raise ValueError(
+            f"The empty text is {other.shape[-1]} wide and the TRAJECTORY's {text.shape[-1]}, as of another model "
+            "family; connect a CLIP Text Encode of the inversion's CLIP to empty on Attune Negative-Prompt Inversion."
+        )
+    # A caption of several chunks meets as many empty ones.
+    other = other.repeat(1, -(-text.shape[1] // other.shape[1]), 1)[:, : text.shape[1]]
+    pooled = [extra.get("pooled_output") for extra in (extras, theirs)]
+    if all(torch.is_tensor(one) for one in pooled):
+        extras = {**extras, "pooled_output": negative_prompt.between(*pooled, share)}
+    return [[negative_prompt.between(text, other, share), extras]]
 
 
 def _cloned(conditioning):

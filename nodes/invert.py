@@ -146,6 +146,7 @@ class AttuneDDIMInversion(io.ComfyNode):
         lowest = host.lowest_sigma(model)
 
         def body(denoise, start, report):
+            start = ddim.placed(start, sigmas[-1])
             return ddim.invert(denoise, start, sigmas, epsilon, lowest, report, refine)
 
         path = host.walk(model, conditioning, picture, sigmas, body, negative, guidance).cpu()
@@ -357,7 +358,28 @@ class AttuneNegativePromptInversion(io.ComfyNode):
                 "Puts the picture's own caption in the place of the empty text, so that guidance cancels out for the "
                 "source (negative-prompt inversion). Costs nothing; null-text inversion is what it approximates."
             ),
-            inputs=[schema.Trajectory.Input("trajectory", tooltip="The picture's way, from Attune DDIM Inversion.")],
+            inputs=[
+                schema.Trajectory.Input("trajectory", tooltip="The picture's way, from Attune DDIM Inversion."),
+                io.Float.Input(
+                    "interpolation",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    optional=True,
+                    tooltip=(
+                        "How far from the caption towards the empty text the negative lies. 0 is the paper's and "
+                        "brings the image back best; higher lets the edit show more and the image come back less, up "
+                        "to plain guidance at 1. 0.1 to 0.3 where an edit is too weak."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "empty",
+                    optional=True,
+                    tooltip="The empty text, from CLIP Text Encode. Only read where interpolation is not 0.",
+                ),
+            ],
             outputs=[
                 schema.Trajectory.Output(
                     "learned", display_name="trajectory", tooltip="The same way, with the caption as its negative."
@@ -365,13 +387,22 @@ class AttuneNegativePromptInversion(io.ComfyNode):
                 io.Conditioning.Output("null", display_name="negative", tooltip="For the sampler's negative."),
             ],
         )
-        return schema.searchable(node, "negative-prompt inversion", "npi", "optimization-free inversion")
+        schema.folded(node, "interpolation")
+        return schema.searchable(node, "negative-prompt inversion", "npi", "proxnpi", "optimization-free inversion")
 
     @classmethod
-    def execute(cls, trajectory):
+    def execute(cls, trajectory, interpolation=0.0, empty=None):
         check_whole(trajectory, "Attune Negative-Prompt Inversion")
-        header = {**trajectory.header, "method": "negative-prompt"}
-        learned = replace(trajectory, header=header, negative=trajectory.conditioning, nulls=None)
+        negative, header = trajectory.conditioning, {**trajectory.header, "method": "negative-prompt"}
+        if interpolation:
+            if empty is None:
+                raise ValueError(
+                    f"The interpolation is {interpolation:g}, but nothing is connected to empty; connect an empty CLIP "
+                    "Text Encode to Attune Negative-Prompt Inversion, or set its interpolation to 0."
+                )
+            negative = host.between(negative, empty, interpolation)
+            header["interpolation"] = interpolation
+        learned = replace(trajectory, header=header, negative=negative, nulls=None)
         return io.NodeOutput(learned, negative_of(learned))
 
 

@@ -227,7 +227,7 @@ def test_early_stop_and_cold_start(bench, inverted):
     handle.remove()
     warm, cold = (null_text(bench, inverted, inner=1, warm=w)[0].nulls for w in (True, False))
     assert torch.equal(warm[0], cold[0]) and not torch.equal(warm[1], cold[1])
-    rates = torch.tensor([0.01 * (1 - i / 100) for i in range(STEPS)])
+    rates = torch.tensor([0.01 * (1 - i / STEPS / 2) for i in range(STEPS)])  # to half, over however many
     # Adam's first update moves every value by the rate, whatever the gradient's size.
     assert torch.allclose((cold - empty).abs().amax((1, 2, 3)), rates, rtol=1e-2)
 
@@ -532,6 +532,17 @@ def test_direct_inversion(bench, inverted):
 
 def test_negative_prompt_inversion_cancels_guidance(bench, inverted):
     learned, negative = outputs(invert.AttuneNegativePromptInversion, inverted)
+    assert negative is inverted.conditioning and "interpolation" not in learned.header
+    half = outputs(invert.AttuneNegativePromptInversion, inverted, 0.5, bench.text(""))[1]
+    apart = [distance(half[0][0], text[0][0]) for text in (negative, bench.text(""))]
+    assert min(apart) > 1e-3 and max(apart) < distance(negative[0][0], bench.text("")[0][0])
+    plain = outputs(invert.AttuneNegativePromptInversion, inverted, 1.0, bench.text(""))[1]
+    assert torch.equal(plain[0][0], bench.text("")[0][0])
+    with pytest.raises(ValueError, match="connect an empty CLIP Text Encode to Attune Negative-Prompt Inversion"):
+        outputs(invert.AttuneNegativePromptInversion, inverted, 0.5)
+    wide = [[torch.zeros(1, 77, 8), {}]]
+    with pytest.raises(ValueError, match="8 wide and the TRAJECTORY's .* to empty on Attune Negative-Prompt Inversion"):
+        outputs(invert.AttuneNegativePromptInversion, inverted, 0.5, wide)
     at_one = runs.draw_again(bench.model, inverted, [], 1.0)
     assert torch.allclose(runs.draw_again(bench.model, learned, negative, GUIDANCE), at_one, atol=1e-2)
 

@@ -109,7 +109,9 @@ def test_inversion_is_finite_and_exact_at_the_grid(bench, picture, grid, level):
     assert trajectory.latents.isfinite().all() and torch.equal(trajectory.sigmas, sigmas)
     assert len(trajectory.latents) == len(sigmas)
     start = runs.to_model_scale(bench.model, latent["samples"])
-    assert torch.allclose(trajectory.latents[-1], start)
+    # The papers' latent is their z of the last level, which on their grid is not 0.
+    assert torch.allclose(trajectory.latents[-1] / (1 + sigmas[-1] ** 2).sqrt(), start)
+    assert torch.equal(trajectory.latents[-1], start) == (grid == runs.HOST_GRID)
     assert torch.allclose(runs.to_model_scale(bench.model, noise["samples"]), trajectory.noise, atol=1e-5)
     assert 0.5 < float((trajectory.noise / sigmas[0]).std()) < 2
     reference = patches_reference(trajectory)

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attune.inversion.ddim import CURRENT, LATER, epsilon, invert, papers_sigmas
+from attune.inversion.ddim import CURRENT, LATER, epsilon, invert, papers_sigmas, placed
+from attune.inversion.negative_prompt import between
 from attune.inversion.trajectory import Trajectory, check_same_model, text_distance, weight_distance
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -146,3 +147,23 @@ def test_texts_of_one_caption():
 def test_another_model_is_refused(change, word):
     with pytest.raises(ValueError, match=word):
         check_same_model(Trajectory(torch.zeros(2), torch.zeros(2, 1, 4, 2, 2), 1, HEADER), {**HEADER, **change})
+
+
+# ---- a negative between caption and empty text ---------------------------------------------------------------------
+
+
+def test_texts_between_two_lie_on_the_arc_and_its_ends():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 5), torch.randn(1, 3, 5)
+    assert torch.equal(between(a, b, 0.0), a) and torch.equal(between(a, b, 1.0), b.expand_as(a))
+    ones, twos = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+    third = between(ones, twos, 1 / 3)  # 30 degrees of a right angle
+    assert torch.allclose(third, torch.tensor([[[3**0.5 / 2, 0.5]]]), atol=1e-6)
+    assert torch.allclose(between(ones, 3 * ones, 0.5), 2 * ones)  # no arc between two that point the same way
+    assert between(a.half(), b, 0.5).dtype == torch.float16
+
+
+def test_a_picture_lies_at_its_last_level_as_the_papers_have_it():
+    picture = torch.randn(1, 4, 2, 2)
+    assert torch.equal(placed(picture, 0.0), picture)
+    assert torch.allclose(placed(picture, 0.75) / (1 + 0.75**2) ** 0.5, picture)
