@@ -131,7 +131,9 @@ def test(rest):
     require(chosen, "pytest", "hypothesis", "psutil", *(["playwright"] if "browser" in rooms else []))
     if set(rooms) == set(ROOMS) and not passed_on:
         return test_side_by_side(chosen, [room for room in rooms if f"tests/{room}" not in BESIDE])
-    return hand_over(chosen, ["-m", "pytest", *(f"tests/{room}" for room in rooms), *passed_on])
+    # Whoever names files wants those and not their whole room beside them.
+    whole = [] if any(one.startswith("tests/") for one in passed_on) else [f"tests/{room}" for room in rooms]
+    return hand_over(chosen, ["-m", "pytest", *whole, *passed_on])
 
 
 def test_oldest(passed_on):
