@@ -27,6 +27,7 @@ import torch
 
 import nodes as stock
 
+from ..attention_patches import masked_fusion as fusion_rules
 from ..attention_patches.sketch import sketch_of
 from ..demo import checker, scenes
 from ..demo.measure import RUN, call, save
@@ -42,9 +43,12 @@ SHAPE, MOVE, ADDITION = KINDS = "shape", "move", "addition"
 SETTINGS, TEST, TURNS = 1, 2, 3  # which scenes a part draws
 GROW = 6  # pixels that a mask reaches around what changes
 NULL_TEXT, DIRECT, ALONE = "MaSaFusion, null-text", "MaSaFusion, direct", "without intermediate"
+DIRECT_OWN, ALONE_OWN = f"{DIRECT}, own queries", f"{ALONE}, own queries"
 ADAPTED, MASA, MASA_SKETCH, P2P = "adapter alone", "MasaCtrl", "MasaCtrl, sketch", "P2P"
 INPAINT, INPAINT_SKETCH, TRUTH = "inpainting", "inpainting, sketch", "the truth"
-METHODS = NULL_TEXT, DIRECT, ALONE, ADAPTED, MASA, MASA_SKETCH, P2P, INPAINT, INPAINT_SKETCH
+METHODS = (
+    NULL_TEXT, DIRECT, DIRECT_OWN, ALONE, ALONE_OWN, ADAPTED, MASA, MASA_SKETCH, P2P, INPAINT, INPAINT_SKETCH,
+)  # fmt: skip
 PAPERS = {"start": 0.08, "layer": 10}
 log = logging.getLogger("attune.bench")
 
@@ -154,22 +158,27 @@ class Room:
             stock.ControlNetApplyAdvanced, self.bench.text(prompt), self.empty, self.adapter, sketch, strength, 0.0, 1.0
         )
 
-    def fuse(self, task, trajectory, seed, start_noise=fusion.NOISES[0], start=0.08, layer=10, guidance=None):
+    def fuse(
+        self, task, trajectory, seed, start_noise=fusion.NOISES[0], start=0.08, layer=10, guidance=None,
+        queries=fusion.QUERIES[0],
+    ):  # fmt: skip
         """MaSaFusion: (the latent drawn, the intermediate picture, what the sampler was given)."""
         guidance, window = guidance or self.guidance, (start, 1.0, layer)
         before, after = map(self.bench.text, task.prompts)
         intermediate, seen = call(
             fusion.AttuneIntermediate, self.bench.model, trajectory, after, self.empty, self.adapter, task.sketch,
             task.mask, self.bench.vae, seed, guidance, 1.0, 0.0, 1.0, fusion.BOTH, start_noise, *window, before,
+            queries,
         )  # fmt: skip
-        given = call(fusion.AttuneMaskedFusion, self.bench.model, trajectory, intermediate, task.mask, *window, before)
+        settings = *window, before, queries
+        given = call(fusion.AttuneMaskedFusion, self.bench.model, trajectory, intermediate, task.mask, *settings)
         return self.sample(*given, guidance), seen, given
 
-    def fuse_alone(self, task, trajectory, start=0.0, layer=10):
+    def fuse_alone(self, task, trajectory, start=0.0, layer=10, end=1.0, masked=True, queries=fusion.QUERIES[0]):
         before, after = map(self.bench.text, task.prompts)
         given = call(
-            fusion.AttuneSourceFusion, self.bench.model, trajectory, after, self.empty, start, 1.0, layer, task.mask,
-            before,
+            fusion.AttuneSourceFusion, self.bench.model, trajectory, after, self.empty, start, end, layer,
+            task.mask if masked else None, before, queries,
         )  # fmt: skip
         return self.sample(*given, self.guidance)
 
@@ -220,7 +229,9 @@ class Room:
         makers = {
             NULL_TEXT: lambda: self.fuse(task, null_text, seed)[0],
             DIRECT: lambda: self.fuse(task, direct, seed)[0],
+            DIRECT_OWN: lambda: self.fuse(task, direct, seed, queries=fusion_rules.OWN)[0],
             ALONE: lambda: self.fuse_alone(task, direct),
+            ALONE_OWN: lambda: self.fuse_alone(task, direct, queries=fusion_rules.OWN),
             ADAPTED: lambda: self.from_noise(*self.adapted(task.prompts[1], task.sketch), seed),
             MASA: lambda: self.masa(task, uncaptioned, sketched=False),
             MASA_SKETCH: lambda: self.masa(task, uncaptioned, sketched=True),
