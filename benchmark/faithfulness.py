@@ -753,9 +753,11 @@ def fusion_departures(sides):
 
     def nulls(number):
         """What the nulls learned."""
-        grid = host.HOST_GRID
-        ours, (theirs, *_) = sides.learn_nulls(number, grid), sides.plain_nulls(number, grid)
+        grid, stop = host.HOST_GRID, 1e-5
         trajectory, empty = sides.invert(number, sides.caption(number), grid, False), sides.empty[0][0].float()
+        settings = sides.empty, sides.bench.guidance, INNER, 0.01, stop, True
+        ours = call(invert.AttuneNullTextInversion, trajectory, sides.bench.model, *settings)[0]
+        theirs, *_ = sides.plain_nulls(number, grid, stop)
         source = masa.Run(sides.whole(trajectory), trajectory.conditioning[0][0].float(), [empty])
         ddim = reference.scheduler(GRIDS[grid], sides.bench.steps)
         found = masa.printed_nulls(network, ddim, source, sides.bench.guidance, INNER, ETA)
