@@ -75,8 +75,9 @@ def queries_input():
         default=QUERIES[0],
         optional=True,
         tooltip=(
-            "Whose queries read the source outside the mask. The source's, as the paper prints it, bring the most of "
-            "it back; own ones look up what lies nearest to what is drawn there, as MasaCtrl does."
+            "Whose queries look the source up outside the mask. source's, which the paper prints, brings more of it "
+            "back; with own, what is drawn looks up what comes nearest to it, as in MasaCtrl, and drifts further from "
+            "it."
         ),
     )
 
