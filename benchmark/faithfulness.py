@@ -764,6 +764,22 @@ def fusion_departures(sides):
         printed, theirs = torch.stack(found[: len(theirs)]), torch.stack(theirs)
         return relative(ours.nulls - empty, theirs - empty), relative(printed - empty, theirs - empty)
 
+    def turns(number):
+        """The picture that the next turn begins at."""
+        bench, task = sides.bench, sides.tasks[number]
+        trajectory, _, edit = sides.task(number, False)
+        made = sides.intermediate(number, False, masa.SOURCES)[0]
+        told = trajectory, made, task.mask, FIRST, 1.0, LAYER
+        fused, positive, negative, noise, sigmas = call(fusion.AttuneMaskedFusion, bench.model, *told)
+        how = False, 0, bench.guidance, positive, negative, sides.euler, sigmas, noise
+        edited = call(invert.AttuneRecordTrajectory, fused, *how)[0]
+        picture = torch.from_numpy(scenes.render(task.source)[0])[None]
+        ours = call(fusion.AttuneNextTurn, trajectory, edited, task.mask, picture, bench.vae, 4)[0]
+        theirs = torch.where(edit.region, edited.latents[-1], trajectory.latents[-1])
+        drawn = bench.vae.decode(host.host_latent(edited, -1)).clamp(0, 1)
+        again = host.to_model_scale(bench.model, bench.encode(drawn)["samples"])
+        return relative(ours.latents[-1], theirs), relative(theirs, again)
+
     rows = {
         "the target, own queries outside": (queries, "section 4.2, equation 9", (
             "the page prints the source's queries outside the mask, which is the default; `queries` own is the reading "
@@ -784,6 +800,10 @@ def fusion_departures(sides):
         "without intermediate, null-text, the source row": (pinned, "appendix C, algorithm 5, line 3", (
             "the page caches what DDIM under the learned nulls passes, which drifts off the picture; here the source "
             "is pinned to its trajectory, as algorithm 3 has it and as every edit of the pack"
+        )),
+        "the next turn's source": (turns, "section 5.1", (
+            "the page makes the edited picture the next source, decoded and encoded again; here Attune Next Turn keeps "
+            "its latents inside the mask and the source's outside, so that nothing there drifts"
         )),
         "null embeddings": (nulls, "appendix A, algorithm 2", (
             "the page takes plain gradient steps of 2e-4 on a norm; here Adam at 0.01, falling, on its square, as the "
