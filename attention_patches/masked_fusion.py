@@ -1,6 +1,6 @@
 """Masked fusion: inside a mask the new picture is put together as an intermediate picture is, outside it is the source.
 
-In the picture: where the mask is black, the source comes back, by its own text and its own keys and values; where it is
+In the picture: where the mask is black, the source comes back, by its own text and its own self-attention; where it is
 white, an intermediate picture that a sketch led says which places belong together, and the target's prompt what they
 show. Both are predicted for the whole picture and each latent pixel takes one of them, so the border is drawn and not
 cut. It costs four UNet rows a step beside the two of each picture that is read.
@@ -20,6 +20,7 @@ from .values import QKV, Window
 OUTSIDE, INSIDE = "outside the mask", "inside the mask"  # the parts' names
 SOURCE, SOURCE_NEGATIVE = "source", "source, negative"
 INTERMEDIATE, INTERMEDIATE_NEGATIVE = "intermediate", "intermediate, negative"
+SOURCES, OWN = "source's", "own"  # whose queries read the source outside the mask
 GAUSSIAN, INVERTED, MIXED = "gaussian", "source's", "source's outside, gaussian inside"
 
 
@@ -40,8 +41,20 @@ class _PartOfPicture(Controller):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class LikeSource(_PartOfPicture):
+    """Attention(Q source, K source, V source), each half of guidance by itself: the prediction outside the mask of
+    equations 9, 10 and 14."""
+
+    reads = SOURCE, SOURCE_NEGATIVE
+
+    def self_attention(self, place, own, references):
+        return references[SOURCE_NEGATIVE if place.negative else SOURCE]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FromSource(_PartOfPicture):
-    """Attention(Q target, K source, V source), each half of guidance by itself: equation 9's prediction outside."""
+    """Attention(Q target, K source, V source), each half of guidance by itself: equation 13, and in place of equation
+    9's outside the reading that leaves each latent pixel its own queries."""
 
     reads = SOURCE, SOURCE_NEGATIVE
 
@@ -59,6 +72,9 @@ class LikeIntermediate(_PartOfPicture):
     def self_attention(self, place, own, references):
         read = references[INTERMEDIATE_NEGATIVE if place.negative else INTERMEDIATE]
         return QKV(read.q, read.k, own.v)
+
+
+OUTSIDES = {SOURCES: LikeSource, OWN: FromSource}
 
 
 def region(mask, size):

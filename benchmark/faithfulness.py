@@ -68,7 +68,9 @@ log = logging.getLogger("attune.bench")
 class Check:
     """One row. ``measure(number)`` gives, for the held-out scene ``number``, how far the two sides lie apart and how
     large the method's own effect is, both in the same measure; for a departure, how far the pack lies from the paper
-    and from the authors' code. ``once``: no scene matters. ``departs``: why."""
+    and from the authors' code. ``once``: no scene matters. ``departs``: why. ``printed``: it departs from the page, or
+    fills in what the page leaves open; how far the pack lies from the plain implementation that is told the same, and
+    that from the plain one as printed."""
 
     method: str
     paper: str
@@ -77,6 +79,7 @@ class Check:
     bound: float = SAME
     once: bool = False
     departs: str = ""
+    printed: bool = False
 
     @property
     def name(self):
@@ -213,58 +216,54 @@ class Sides(self_parity.Sides):
         region = task.mask[0].unflatten(0, (16, 8)).unflatten(2, (16, 8)).ge(0.5).any(3).any(1)
         net = masa.adapter(comfy.utils.load_torch_file(str(demo_model.ADAPTER)), demo_model.ADAPTER_CHANNELS)
         residuals = masa.features(net, task.sketch[..., 0][None], self.network.config.block_out_channels)
-        return trajectory, masa.Run(self.whole(trajectory), source, nulls), target, null, region, residuals
+        edit = masa.Edit(source, target, null, region, (residuals, residuals))
+        return trajectory, masa.Run(self.whole(trajectory), source, nulls), edit
 
-    def told(self, end=1.0):
+    def told(self, queries=masa.SOURCES, end=1.0):
         """The reference's settings."""
         steps = self.bench.steps
         window = int(FIRST * steps), int(end * steps)
-        return masa.Settings(GRIDS[host.HOST_GRID], steps, self.bench.guidance, *window, LAYER)
+        return masa.Settings(GRIDS[host.HOST_GRID], steps, self.bench.guidance, *window, LAYER, queries)
 
-    def intermediate(self, number, learned):
+    def intermediate(self, number, learned, queries):
         """The intermediate picture of equation 9, from gaussian noise: the pack's trajectory, and the reference's
         latents, mixed predictions and latents without any reading."""
         bench, task = self.bench, self.tasks[number]
-        trajectory, source, target, null, region, residuals = self.task(number, learned)
+        trajectory, source, edit = self.task(number, learned)
         made = call(
             fusion.AttuneIntermediate, bench.model, trajectory, bench.text(task.prompts[1]), self.empty,
             call(stock.ControlNetLoader, demo_model.ADAPTER.name)[0], task.sketch, task.mask, bench.vae, number,
-            bench.guidance, 1.0, 0.0, 1.0, fusion.BOTH, fusion_rules.GAUSSIAN, FIRST, 1.0, LAYER,
+            bench.guidance, 1.0, 0.0, 1.0, fusion.BOTH, fusion_rules.GAUSSIAN, FIRST, 1.0, LAYER, None, queries,
         )[0]  # fmt: skip
-        given = self.network, self.told(), self.plain(made)[0], null, region
-        outside, inside = masa.Part(source.text, source), masa.Part(target)
-        plain, _ = masa.fuse(*given, inside, inside, residuals)
-        return made, *masa.fuse(*given, outside, inside, residuals), plain
+        x = self.plain(made)[0]
+        alone = replace(edit, source=edit.target)
+        plain, _ = masa.draw(self.network, self.told(), alone, x)
+        return made, *masa.intermediate(self.network, self.told(queries), edit, source, x), plain
 
-    def fuse(self, name, number, learned):
+    def fuse(self, name, number, learned, queries):
         """(pack's latents, its predictions, reference's latents, its mixed predictions, latents without any reading)"""
         bench, task = self.bench, self.tasks[number]
-        trajectory, source, target, null, region, residuals = self.task(number, learned)
+        trajectory, source, edit = self.task(number, learned)
         if name == INTERMEDIATE:
-            made, *theirs = self.intermediate(number, learned)
+            made, *theirs = self.intermediate(number, learned, queries)
             return self.plain(made), predictions(made), *theirs
-        outside, alone, start = masa.Part(source.text, source), masa.Part(target), source.latents[0]
         if name == TARGET:
             # From the source's noise outside and the same gaussian noise inside.
-            made, latents, *_ = self.intermediate(number, learned)
-            start = torch.where(region, latents[0], start)
-            inside = masa.Part(target, masa.Run(latents, target, [null], residuals), masa.MAP)
-            settings, node = self.told(), (fusion.AttuneMaskedFusion, made, task.mask, FIRST, 1.0, LAYER)
+            made, latents, *_ = self.intermediate(number, learned, queries)
+            node = fusion.AttuneMaskedFusion, made, task.mask, FIRST, 1.0, LAYER, None, queries
+            theirs = masa.target(self.network, self.told(queries), edit, source, latents)
         else:
             # In the mask the source may be read in all steps; in the whole picture, in some.
             mask, end = (task.mask, 1.0) if name == IN_MASK else (None, 0.4)
-            region = region if name == IN_MASK else torch.ones_like(region)
-            inside, residuals, settings = masa.Part(target, source), None, self.told(end)
+            region = edit.region if name == IN_MASK else torch.ones_like(edit.region)
+            edit = replace(edit, region=region, residuals=(None, None))
             texts = bench.text(task.prompts[1]), self.empty
-            node = fusion.AttuneSourceFusion, *texts, FIRST, end, LAYER, mask
+            node = fusion.AttuneSourceFusion, *texts, FIRST, end, LAYER, mask, None, queries
+            theirs = masa.without_intermediate(self.network, self.told(queries, end), edit, source)
         fused, positive, negative, noise, sigmas = call(node[0], bench.model, trajectory, *node[1:])
-        given = self.network, settings, start, null, region
-        plain, _ = masa.fuse(*given, alone, alone, residuals)
-        return (
-            *self.way(fused, positive, negative, sigmas, noise),
-            *masa.fuse(*given, outside, inside, residuals),
-            plain,
-        )
+        alone = replace(edit, source=edit.target)
+        plain, _ = masa.draw(self.network, self.told(), alone, theirs[0][0])
+        return *self.way(fused, positive, negative, sigmas, noise), *theirs, plain
 
 
 def predictions(trajectory):
@@ -682,19 +681,24 @@ def learned_words(sides):
 # ---- MaSaFusion --------------------------------------------------------------------------------------------------
 
 FUSION = "MaSaFusion"
+ETA = 2e-4  # appendix A
 EQUATIONS = {
     INTERMEDIATE: "section 4.2, equation 9", TARGET: "section 4.3, equation 10, algorithm 1",
     IN_MASK: "appendix C, equation 14, algorithm 5", EVERYWHERE: "appendix C, equation 13",
 }  # fmt: skip
+READINGS = {
+    masa.SOURCES: "",
+    masa.OWN: "own queries outside, ",
+}
 
 
 def masked_fusion(sides):
-    def latents(learned, name, number):
-        ours, _, theirs, _, plain = sides.fuse(name, number, learned)
+    def latents(learned, queries, name, number):
+        ours, _, theirs, _, plain = sides.fuse(name, number, learned, queries)
         return furthest(ours, theirs), relative(plain[len(ours) - 1], theirs[len(ours) - 1])
 
-    def mixed(learned, name, number):
-        _, ours, _, theirs, _ = sides.fuse(name, number, learned)
+    def mixed(learned, queries, name, number):
+        _, ours, _, theirs, _ = sides.fuse(name, number, learned, queries)
         return furthest(ours, theirs), min(relative(a, b) for a, b in zip(theirs[:-1], theirs[1:], strict=True))
 
     def features(number):
@@ -709,11 +713,122 @@ def masked_fusion(sides):
     found = [Check("T2I-Adapter", "Mou et al. 2023", "features of every level", features)]
     for learned in (False, True):
         inverted = "null-text" if learned else "direct"
-        for name, equation in EQUATIONS.items():
-            for what, measure in (("latents", latents), ("mixed prediction", mixed)):
-                compared = f"{name}, {what} of every step, {inverted}"
-                found.append(Check(FUSION, equation, compared, functools.partial(measure, learned, name)))
-    return found
+        for queries, reading in READINGS.items():
+            for name, equation in EQUATIONS.items():
+                if name == EVERYWHERE and reading:
+                    continue  # equation 13 has no outside
+                for what, measure in (("latents", latents), ("mixed prediction", mixed)):
+                    compared = f"{name}, {reading}{what} of every step, {inverted}"
+                    found.append(Check(FUSION, equation, compared, functools.partial(measure, learned, queries, name)))
+    return found + fusion_departures(sides)
+
+
+def fusion_departures(sides):
+    """Where the page says something else than the pack does unless told, or nothing. Each is the pack beside the
+    reference told the same, and that beside the reference as the page has it."""
+    network = sides.network
+
+    def queries(number):
+        ours, _, theirs, *_ = sides.fuse(TARGET, number, False, masa.OWN)
+        printed = sides.fuse(TARGET, number, False, masa.SOURCES)[2]
+        return relative(ours[-1], theirs[len(ours) - 1]), relative(theirs[len(ours) - 1], printed[len(ours) - 1])
+
+    def beside(number, changed=None, source=None, **settings):
+        """The target of algorithm 1 with the reference's edit, source or settings changed."""
+        ours, _, theirs, *_ = sides.fuse(TARGET, number, False, masa.SOURCES)
+        _, plain, edit = sides.task(number, False)
+        told = replace(sides.told(), **settings)
+        edit, source = changed(edit) if changed else edit, source or plain
+        x = sides.plain(sides.intermediate(number, False, masa.SOURCES)[0])[0]
+        t2i, _ = masa.intermediate(network, told, edit, source, x)
+        other, _ = masa.target(network, told, edit, source, t2i)
+        last = len(ours) - 1
+        return relative(ours[last], theirs[last]), relative(theirs[last], other[last])
+
+    def everywhere(number):
+        return beside(number, first=0, layer=0)
+
+    def region(number):
+        mask = sides.tasks[number].mask[0]
+        whole = torch.nn.functional.interpolate(mask[None, None], (16, 16), mode="area")[0, 0] >= 0.5
+        return beside(number, lambda edit: replace(edit, region=whole))
+
+    def halves(number):
+        return beside(number, lambda edit: replace(edit, residuals=(None, edit.residuals[1])))
+
+    def pinned(number):
+        ours, _, theirs, *_ = sides.fuse(IN_MASK, number, True, masa.SOURCES)
+        _, source, edit = sides.task(number, True)
+        free = masa.walked(network, reference.scheduler(GRIDS[host.HOST_GRID], sides.bench.steps), source,
+                           sides.bench.guidance)  # fmt: skip
+        edit = replace(edit, residuals=(None, None))
+        other, _ = masa.without_intermediate(network, sides.told(), edit, free)
+        last = len(ours) - 1
+        return relative(ours[last], theirs[last]), relative(theirs[last], other[last])
+
+    def nulls(number):
+        """What the nulls learned."""
+        grid, stop = host.HOST_GRID, 1e-5
+        trajectory, empty = sides.invert(number, sides.caption(number), grid, False), sides.empty[0][0].float()
+        settings = sides.empty, sides.bench.guidance, INNER, 0.01, stop, True
+        ours = call(invert.AttuneNullTextInversion, trajectory, sides.bench.model, *settings)[0]
+        theirs, *_ = sides.plain_nulls(number, grid, stop)
+        source = masa.Run(sides.whole(trajectory), trajectory.conditioning[0][0].float(), [empty])
+        ddim = reference.scheduler(GRIDS[grid], sides.bench.steps)
+        found = masa.printed_nulls(network, ddim, source, sides.bench.guidance, INNER, ETA)
+        printed, theirs = torch.stack(found[: len(theirs)]), torch.stack(theirs)
+        return relative(ours.nulls - empty, theirs - empty), relative(printed - empty, theirs - empty)
+
+    def turns(number):
+        """The picture that the next turn begins at."""
+        bench, task = sides.bench, sides.tasks[number]
+        trajectory, _, edit = sides.task(number, False)
+        made = sides.intermediate(number, False, masa.SOURCES)[0]
+        told = trajectory, made, task.mask, FIRST, 1.0, LAYER
+        fused, positive, negative, noise, sigmas = call(fusion.AttuneMaskedFusion, bench.model, *told)
+        how = False, 0, bench.guidance, positive, negative, sides.euler, sigmas, noise
+        edited = call(invert.AttuneRecordTrajectory, fused, *how)[0]
+        picture = torch.from_numpy(scenes.render(task.source)[0])[None]
+        ours = call(fusion.AttuneNextTurn, trajectory, edited, task.mask, picture, bench.vae, 4)[0]
+        theirs = torch.where(edit.region, edited.latents[-1], trajectory.latents[-1])
+        drawn = bench.vae.decode(host.host_latent(edited, -1)).clamp(0, 1)
+        again = host.to_model_scale(bench.model, bench.encode(drawn)["samples"])
+        return relative(ours.latents[-1], theirs), relative(theirs, again)
+
+    rows = {
+        "the target, own queries outside": (queries, "section 4.2, equation 9", (
+            "the page prints the source's queries outside the mask, which is the default; `queries` own is the reading "
+            "as MasaCtrl, that appendix C has for the inside"
+        )),
+        "the target, layers and steps": (everywhere, "sections 4.2 and 4.3", (
+            "the page substitutes self-attentions \"for corresponded layers\" and names neither layers nor steps; here "
+            "MasaCtrl's, layer 10 on and 0.08 of the steps on, are the defaults, and 0 and 0 give all"
+        )),
+        "the target, the region's edge": (region, "section 4.2", (
+            "the page has a pixel i in A or not and does not say how a mask becomes latent pixels; here one that the "
+            "mask touches is inside, so that thin masks do not vanish; beside it those that are half covered"
+        )),
+        "the target, the adapter's halves": (halves, "section 4.2, equation 3", (
+            "equation 9 gives the adapter's condition to the guided noise and does not say whether the empty text's "
+            "half has it; here both have, as in T2I-Adapter's code, and `halves` leaves it to the positive"
+        )),
+        "without intermediate, null-text, the source row": (pinned, "appendix C, algorithm 5, line 3", (
+            "the page caches what DDIM under the learned nulls passes, which drifts off the picture; here the source "
+            "is pinned to its trajectory, as algorithm 3 has it and as every edit of the pack"
+        )),
+        "the next turn's source": (turns, "section 5.1", (
+            "the page makes the edited picture the next source, decoded and encoded again; here Attune Next Turn keeps "
+            "its latents inside the mask and the source's outside, so that nothing there drifts"
+        )),
+        "null embeddings": (nulls, "appendix A, algorithm 2", (
+            "the page takes plain gradient steps of 2e-4 on a norm; here Adam at 0.01, falling, on its square, as the "
+            "code of the paper that it adopts"
+        )),
+    }  # fmt: skip
+    return [
+        Check(FUSION, paper, compared, measure, LEARNED if measure is nulls else SAME, departs=why, printed=True)
+        for compared, (measure, paper, why) in rows.items()
+    ]
 
 
 # ---- CPAM --------------------------------------------------------------------------------------------------------
@@ -955,8 +1070,9 @@ def measured(check, count):
 
 
 def markdown(rows):
-    """The rows as two tables, faithful ones and departures."""
+    """The rows as tables: faithful ones, departures, and departures from the page."""
     same, other = ([row for row in rows if bool(row.check.departs) == departs] for departs in (False, True))
+    printed, other = ([row for row in other if row.check.printed == on] for on in (True, False))
     parts = []
     if same:
         heads = "method", "in the paper", "compared", "apart", "the method's own effect"
@@ -965,6 +1081,10 @@ def markdown(rows):
         heads = "method", "what", "why", "from the paper", "from the authors' code"
         told = [(row.check.method, row.check.compared, row.check.departs) for row in other]
         parts.append("Where the pack departs on purpose:\n\n" + _table(heads, told, other))
+    if printed:
+        heads = "method", "in the paper", "what", "why", "apart, told the same", "from the page"
+        told = [(row.check.method, row.check.paper, row.check.compared, row.check.departs) for row in printed]
+        parts.append("Where the page says something else, or nothing:\n\n" + _table(heads, told, printed))
     return "\n\n".join(parts)
 
 

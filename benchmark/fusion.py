@@ -2,9 +2,11 @@
 
     adapter     how well the demo's sketch adapter holds an outline, beside no adapter
     settings    windows and guidance, on scenes that no other part uses
-    edits       a new shape in place, a move, an addition, from a sketch: beside other methods
-    noise       figure 4: where the intermediate picture starts
+    edits       a new shape in place, a move, an addition, from a sketch: beside other methods, and by both readings of
+                what equation 9 has attend outside the mask
+    noise       figures 4 and 14: where the intermediate picture starts, and the adapter alone
     region      figure 7: a mask that is too small or too large
+    steps       figure 12: in how many steps the source is read without an intermediate, in the mask and without one
     turns       five turns in a row, beside five that decode and encode
     cost        UNet rows a step and seconds, null-text against direct inversion
 
@@ -24,9 +26,11 @@ import comfy.utils
 import comfy_extras.nodes_custom_sampler as custom
 import numpy as np
 import torch
+from scipy.ndimage import binary_dilation
 
 import nodes as stock
 
+from ..attention_patches import masked_fusion as fusion_rules
 from ..attention_patches.sketch import sketch_of
 from ..demo import checker, scenes
 from ..demo.measure import RUN, call, save
@@ -41,10 +45,16 @@ RESULTS = Path(__file__).parent / "fusion.json"
 SHAPE, MOVE, ADDITION = KINDS = "shape", "move", "addition"
 SETTINGS, TEST, TURNS = 1, 2, 3  # which scenes a part draws
 GROW = 6  # pixels that a mask reaches around what changes
+CELL = 8  # pixels of a latent pixel's side
+SEAM = 4  # pixels on either side of a seam that show it
+RESAMPLED = 10_000
 NULL_TEXT, DIRECT, ALONE = "MaSaFusion, null-text", "MaSaFusion, direct", "without intermediate"
+DIRECT_OWN, ALONE_OWN = f"{DIRECT}, own queries", f"{ALONE}, own queries"
 ADAPTED, MASA, MASA_SKETCH, P2P = "adapter alone", "MasaCtrl", "MasaCtrl, sketch", "P2P"
 INPAINT, INPAINT_SKETCH, TRUTH = "inpainting", "inpainting, sketch", "the truth"
-METHODS = NULL_TEXT, DIRECT, ALONE, ADAPTED, MASA, MASA_SKETCH, P2P, INPAINT, INPAINT_SKETCH
+METHODS = (
+    NULL_TEXT, DIRECT, DIRECT_OWN, ALONE, ALONE_OWN, ADAPTED, MASA, MASA_SKETCH, P2P, INPAINT, INPAINT_SKETCH,
+)  # fmt: skip
 PAPERS = {"start": 0.08, "layer": 10}
 log = logging.getLogger("attune.bench")
 
@@ -121,20 +131,69 @@ def outline_of(task, picture):
 
 
 def mark(task, picture, source):
-    """A picture's figures. Outside is what a mask of the usual size leaves alone, beside the source as decoded."""
+    """A picture's figures. Outside is what a mask of the usual size leaves alone, beside the source as decoded. The
+    seam is how far the steps from pixel to pixel lie from the truth's, in thousandths, where the mask's latent pixels
+    end."""
     truth = scenes.render(task.target)[0]
-    outside = replace(task, grow=GROW).mask[0].numpy() == 0
+    mask = replace(task, grow=GROW).mask[0].numpy() > 0
     return {
         "success %": 100.0 * succeeded(task, picture),
         "new outline IoU": outline_of(task, picture),
         "L1": float(np.abs(picture - truth).mean()),
         "L2": float(np.square(picture - truth).mean()),
-        "outside dB": decibels_in(picture, source, outside),
+        "outside dB": decibels_in(picture, source, ~mask),
+        "seam": seam_of(picture - truth, mask),
     }
+
+
+def seam_of(error, mask):
+    """The mean step from pixel to pixel, in thousandths, of an ``error`` (H, W, 3) within SEAM pixels of the border of
+    the latent pixels that a boolean ``mask`` (H, W) touches; 0 where they have none."""
+    rows, columns = (side // CELL for side in mask.shape)
+    touched = mask.reshape(rows, CELL, columns, CELL).any((1, 3)).repeat(CELL, 0).repeat(CELL, 1)
+    inner, outer = (binary_dilation(one, iterations=SEAM) for one in (~touched, touched))
+    found = []
+    for axis in (0, 1):
+        lower = [slice(None), slice(None)]
+        lower[axis] = slice(-1)
+        found.append(np.abs(np.diff(error, axis=axis))[(inner & outer)[tuple(lower)]].ravel())
+    steps = np.concatenate(found)
+    return 1000.0 * float(steps.mean()) if steps.size else 0.0
 
 
 def average(marks):
     return {key: round(float(np.mean([m[key] for m in marks])), 4) for key in marks[0]}
+
+
+def summed(marks):
+    """The averages, and the 95 % interval of each: Wilson's for a share, by resampling the edits for the rest."""
+    return average(marks) | {"95 %": {key: interval_of(key, [m[key] for m in marks]) for key in marks[0]}}
+
+
+def interval_of(key, values):
+    if key == "success %":
+        return wilson(sum(v > 50 for v in values), len(values))
+    return resampled(values)
+
+
+def wilson(hits, count, z=1.96):
+    """The 95 % interval of a share, in percent, of ``hits`` in ``count`` > 0."""
+    share, wide = hits / count, z * z / count
+    middle, reach = share + wide / 2, z * (share * (1 - share) / count + wide / (4 * count)) ** 0.5
+    return [round(100 * (middle + sign * reach) / (1 + wide), 1) for sign in (-1, 1)]
+
+
+def resampled(values):
+    """The 95 % interval of a mean, from RESAMPLED draws with replacement."""
+    rng, values = np.random.default_rng(0), np.asarray(values, float)
+    means = values[rng.integers(len(values), size=(RESAMPLED, len(values)))].mean(1)
+    return [round(float(q), 4) for q in np.quantile(means, (0.025, 0.975))]
+
+
+def difference(ours, theirs):
+    """How much more one method's marks are than another's, edit by edit, with the 95 % interval of the mean."""
+    pairs = {key: [a[key] - b[key] for a, b in zip(ours, theirs, strict=True)] for key in ours[0]}
+    return {key: [round(float(np.mean(values)), 4), *resampled(values)] for key, values in pairs.items()}
 
 
 # ---- the methods -------------------------------------------------------------------------------------------------
@@ -154,22 +213,27 @@ class Room:
             stock.ControlNetApplyAdvanced, self.bench.text(prompt), self.empty, self.adapter, sketch, strength, 0.0, 1.0
         )
 
-    def fuse(self, task, trajectory, seed, start_noise=fusion.NOISES[0], start=0.08, layer=10, guidance=None):
+    def fuse(
+        self, task, trajectory, seed, start_noise=fusion.NOISES[0], start=0.08, layer=10, guidance=None,
+        queries=fusion.QUERIES[0],
+    ):  # fmt: skip
         """MaSaFusion: (the latent drawn, the intermediate picture, what the sampler was given)."""
         guidance, window = guidance or self.guidance, (start, 1.0, layer)
         before, after = map(self.bench.text, task.prompts)
         intermediate, seen = call(
             fusion.AttuneIntermediate, self.bench.model, trajectory, after, self.empty, self.adapter, task.sketch,
             task.mask, self.bench.vae, seed, guidance, 1.0, 0.0, 1.0, fusion.BOTH, start_noise, *window, before,
+            queries,
         )  # fmt: skip
-        given = call(fusion.AttuneMaskedFusion, self.bench.model, trajectory, intermediate, task.mask, *window, before)
+        settings = *window, before, queries
+        given = call(fusion.AttuneMaskedFusion, self.bench.model, trajectory, intermediate, task.mask, *settings)
         return self.sample(*given, guidance), seen, given
 
-    def fuse_alone(self, task, trajectory, start=0.0, layer=10):
+    def fuse_alone(self, task, trajectory, start=0.0, layer=10, end=1.0, masked=True, queries=fusion.QUERIES[0]):
         before, after = map(self.bench.text, task.prompts)
         given = call(
-            fusion.AttuneSourceFusion, self.bench.model, trajectory, after, self.empty, start, 1.0, layer, task.mask,
-            before,
+            fusion.AttuneSourceFusion, self.bench.model, trajectory, after, self.empty, start, end, layer,
+            task.mask if masked else None, before, queries,
         )  # fmt: skip
         return self.sample(*given, self.guidance)
 
@@ -220,7 +284,9 @@ class Room:
         makers = {
             NULL_TEXT: lambda: self.fuse(task, null_text, seed)[0],
             DIRECT: lambda: self.fuse(task, direct, seed)[0],
+            DIRECT_OWN: lambda: self.fuse(task, direct, seed, queries=fusion_rules.OWN)[0],
             ALONE: lambda: self.fuse_alone(task, direct),
+            ALONE_OWN: lambda: self.fuse_alone(task, direct, queries=fusion_rules.OWN),
             ADAPTED: lambda: self.from_noise(*self.adapted(task.prompts[1], task.sketch), seed),
             MASA: lambda: self.masa(task, uncaptioned, sketched=False),
             MASA_SKETCH: lambda: self.masa(task, uncaptioned, sketched=True),
@@ -293,7 +359,7 @@ def settings(room, count, seed):
 
                     picture = room.studio.keep(f"settings {i} {task.kind}, {name}", make)
                     marks.append(mark(task, picture, room.studio.source(f"settings {i} {task.kind} source", run)))
-            found[name] = average(marks)
+            found[name] = summed(marks)
             log.info("%s: %s", name, found[name])
     return found
 
@@ -318,26 +384,40 @@ def edits(room, count, seed, methods=METHODS):
             sheets[kind] += strip if i < 6 else []
             log.info("%s %d of %d", kind, i + 1, len(tasks))
         save_sheet(f"fusion_{kind}.png", sheets[kind], len(strip))
-    table = {kind: {method: average(marks) for (k, method), marks in found.items() if k == kind} for kind in KINDS}
-    return {**table, "all": {m: average([x for k in KINDS for x in found[k, m]]) for m in (TRUTH, *methods)}}
+    table = {kind: {method: summed(marks) for (k, method), marks in found.items() if k == kind} for kind in KINDS}
+    whole = {m: [x for k in KINDS for x in found[k, m]] for m in (TRUTH, *methods)}
+    pairs = [(DIRECT, DIRECT_OWN), (ALONE, ALONE_OWN), (NULL_TEXT, DIRECT), (DIRECT, MASA_SKETCH),
+             (DIRECT, INPAINT_SKETCH)]  # fmt: skip
+    less = {f"{a} - {b}": difference(whole[a], whole[b]) for a, b in pairs if {a, b} <= set(methods)}
+    return {**table, "all": {m: summed(marks) for m, marks in whole.items()}, "differences": less}
 
 
 def noises(room, count, seed):
-    """The intermediate and the target by where the intermediate starts."""
-    asked, found, sheet = draw_tasks(count, seed, TEST), {}, []
+    """The intermediate and the target by where the intermediate starts; a sheet of source, sketch, intermediate, target
+    and the adapter alone."""
+    asked, found, sheet, compared = draw_tasks(count, seed, TEST), {}, [], []
     for kind in KINDS:
         tasks = [row[KINDS.index(kind)] for row in asked]
         runs = room.studio.invert([task.source for task in tasks], f"edits {kind} {count}")
         for i, task in enumerate(tasks):
             source = room.studio.source(f"edits {i} {kind} source", runs[i])
             sheet += [source, task.sketch[0].numpy()]
+            compared += [source, task.sketch[0].numpy()]
             for noise in fusion.NOISES:
                 pair = pair_of(room, f"noise {i} {kind}, {noise}", task, runs[i], i, start_noise=noise)
                 for what, picture in zip(("intermediate", "target"), pair, strict=True):
                     found.setdefault(f"{what}, {noise}", []).append(mark(task, picture, source))
                 sheet += pair
+                compared += pair if noise == fusion.NOISES[0] else []
+
+            def alone(task=task, i=i):
+                return room.bench.decode(room.from_noise(*room.adapted(task.prompts[1], task.sketch), i))
+
+            compared.append(room.studio.keep(f"noise {i} {kind}, {ADAPTED}", alone))
+            found.setdefault(ADAPTED, []).append(mark(task, compared[-1], source))
     save_sheet("fusion_noise.png", sheet, 8)
-    return {name: average(rows) for name, rows in found.items()}
+    save_sheet("fusion_stages.png", compared, 5)
+    return {name: summed(rows) for name, rows in found.items()}
 
 
 def pair_of(room, name, task, run, seed, **how):
@@ -371,7 +451,29 @@ def regions(room, count, seed, grows=(-4, 0, GROW, 16, 32, 128)):
                 )
                 sheet.append(picture)
     save_sheet("fusion_region.png", sheet, len(grows) + 1)
-    return {name: average(rows) for name, rows in found.items()}
+    return {name: summed(rows) for name, rows in found.items()}
+
+
+def shares(room, count, seed, ends=(0.0, 0.2, 0.4, 0.6, 1.0)):
+    """Without an intermediate, by the share of the steps in which the source is read, in the mask and without one."""
+    asked, found, sheet = draw_tasks(count, seed, TEST), {}, []
+    for kind in KINDS:
+        tasks = [row[KINDS.index(kind)] for row in asked]
+        runs = room.studio.invert([task.source for task in tasks], f"edits {kind} {count}")
+        for i, task in enumerate(tasks):
+            source = room.studio.source(f"edits {i} {kind} source", runs[i])
+            for masked, where in ((False, "everywhere"), (True, "in the mask")):
+                sheet.append(source)
+                for end in ends:
+
+                    def make(task=task, run=runs[i], end=end, masked=masked):
+                        return room.bench.decode(room.fuse_alone(task, run, end=end, masked=masked))
+
+                    picture = room.studio.keep(f"steps {i} {kind}, {where} {end:g}", make)
+                    found.setdefault(f"{where}, to {end:g}", []).append(mark(task, picture, source))
+                    sheet.append(picture)
+    save_sheet("fusion_steps.png", sheet, len(ends) + 1)
+    return {name: summed(rows) for name, rows in found.items()}
 
 
 def five(scene, rng):
@@ -481,6 +583,7 @@ PARTS = {
     "edits": (edits, 16),
     "noise": (noises, 8),
     "region": (regions, 8),
+    "steps": (shares, 8),
     "turns": (turns, 6),
     "cost": (cost, 2),
 }

@@ -20,7 +20,7 @@ sample has; a method is not for those that have it not:
                                 words, else AttunePromptRefine
     $picture $truth             the picture, and the true result
     $mask $kept                 where the picture changes, and where it stays; $mask+6 is grown by 6/128 of the side
-    $sketch                     the outlines of the true result, which only the demo world knows
+    $sketch                     the outlines of the true result, where a data set has that
     $seed $steps $guidance $size    of the run; a sample's seed is its own
 
 A picture that is given to a socket comes from a node that loads it.
@@ -190,6 +190,17 @@ def _sketch(sample, size):
     return as_png(Image.fromarray((255 * sketch_of(masks)[0, ..., 0].numpy()).astype(np.uint8)))
 
 
+def _traced(path):
+    """The outlines of a picture, as Attune Sketch finds them unless told otherwise."""
+    import torch
+
+    from ..attention_patches.sketch import outlines
+
+    with Image.open(path) as picture:
+        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).float() / 255
+    return as_png(Image.fromarray((255 * outlines(pixels[None], 0.2, 1.0, 2)[0].numpy()).astype(np.uint8)))
+
+
 # ---- values ------------------------------------------------------------------------------------------------------
 
 
@@ -239,9 +250,11 @@ def _kept(sample, setup, _):
 
 
 def _sketched(sample, setup, _):
-    if "after" not in sample.extras:
-        return None
-    return _file(sample.truth, "-sketch", lambda: _sketch(sample, setup.size))
+    """Of a demo scene its things' outlines; of another true result, those that are found in the picture."""
+    path = sample.truth
+    if "after" in sample.extras:
+        return _file(path, "-sketch", lambda: _sketch(sample, setup.size))
+    return path and _file(path, "-traced", lambda: _traced(path))
 
 
 def _words(sample):

@@ -21,6 +21,7 @@ from . import schema
 from .edit import check_model, check_painted, share, warn, warn_of_early_layer
 
 NOISES = [fusion.GAUSSIAN, fusion.MIXED, fusion.INVERTED]
+QUERIES = [*fusion.OUTSIDES]
 BOTH, POSITIVE = "both", "positive only"
 WINDOW = "start to end"
 
@@ -64,6 +65,20 @@ def source_input():
         "source",
         optional=True,
         tooltip="The source picture's caption. Without it, the text that the trajectory was made under.",
+    )
+
+
+def queries_input():
+    return io.Combo.Input(
+        "queries",
+        options=QUERIES,
+        default=QUERIES[0],
+        optional=True,
+        tooltip=(
+            "Whose queries look the source up outside the mask. source's, which the paper prints, brings more of it "
+            "back; with own, what is drawn looks up what comes nearest to it, as in MasaCtrl, and drifts further from "
+            "it."
+        ),
     )
 
 
@@ -222,6 +237,7 @@ class AttuneIntermediate(io.ComfyNode):
                 ),
                 *window_inputs("the source is read outside the mask"),
                 source_input(),
+                queries_input(),
             ],
             outputs=[
                 schema.Trajectory.Output(
@@ -233,7 +249,9 @@ class AttuneIntermediate(io.ComfyNode):
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
-        schema.folded(node, "start_percent", "end_percent", "halves", "start_noise", "start", "end", "layer")
+        schema.folded(
+            node, "start_percent", "end_percent", "halves", "start_noise", "start", "end", "layer", "queries"
+        )
         return schema.searchable(
             node, "masafusion", "t2i-adapter", "sketch", "controlnet", "intermediate image", "shape"
         )
@@ -241,7 +259,7 @@ class AttuneIntermediate(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, trajectory, target, negative, control_net, hint, mask, vae, seed, guidance, strength,
-        start_percent, end_percent, halves, start_noise, start, end, layer, source=None,
+        start_percent, end_percent, halves, start_noise, start, end, layer, source=None, queries=QUERIES[0],
     ):  # fmt: skip
         name = "Attune Intermediate"
         Window(start_percent, end_percent, "start_percent to end_percent")
@@ -260,7 +278,7 @@ class AttuneIntermediate(io.ComfyNode):
             target, negative if halves == BOTH else [], control_net, hint, strength, start_percent, end_percent
         )
         unled = unled or negative
-        rules = rules_of(region, Window(start, end, WINDOW), layer, outside=fusion.FromSource)
+        rules = rules_of(region, Window(start, end, WINDOW), layer, outside=fusion.OUTSIDES[queries])
         fused = host.install(model, source_references(trajectory, source, negative), rules) if rules else model
         ours, theirs = host.own_controls(led, unled)
         positive, away = in_parts(region, source, ours), in_parts(region, negative, theirs)
@@ -309,15 +327,18 @@ class AttuneMaskedFusion(io.ComfyNode):
                 mask_input(),
                 *window_inputs("source and intermediate are read"),
                 source_input(),
+                queries_input(),
             ],
             outputs=fused_outputs(),
             hidden=[io.Hidden.unique_id],
         )
-        schema.folded(node, "start", "end", "layer")
+        schema.folded(node, "start", "end", "layer", "queries")
         return schema.searchable(node, "masafusion", "sketch edit", "shape change", "move object", "add object")
 
     @classmethod
-    def execute(cls, model, trajectory, intermediate, mask, start, end, layer, source=None):
+    def execute(
+        cls, model, trajectory, intermediate, mask, start, end, layer, source=None, queries=QUERIES[0]
+    ):  # fmt: skip
         name = "Attune Masked Fusion"
         host.check_plain(model)
         host.check_layers(model, [layer], "layer", name)
@@ -332,7 +353,8 @@ class AttuneMaskedFusion(io.ComfyNode):
         plain = host.without_parts(negative)
         references = [*source_references(trajectory, source, plain), *references_of(intermediate, read)]
         window = Window(start, end, WINDOW)
-        rules = rules_of(region, window, layer, outside=fusion.FromSource, inside=fusion.LikeIntermediate)
+        outside = fusion.OUTSIDES[queries]
+        rules = rules_of(region, window, layer, outside=outside, inside=fusion.LikeIntermediate)
         target, negative = host.own_controls(target, negative)
         positive, away = in_parts(region, source, target), in_parts(region, plain, negative)
         positive = host.tell(positive, intermediate.header.get("prompt"), intermediate.header.get("seed"))
@@ -396,15 +418,18 @@ class AttuneSourceFusion(io.ComfyNode):
                     ),
                 ),
                 source_input(),
+                queries_input(),
             ],
             outputs=fused_outputs(),
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
-        schema.folded(node, "layer")
+        schema.folded(node, "layer", "queries")
         return schema.searchable(node, "masafusion", "without adapter", "masked edit", "self-attention fusion")
 
     @classmethod
-    def execute(cls, model, trajectory, target, negative, start, end, layer, mask=None, source=None):
+    def execute(
+        cls, model, trajectory, target, negative, start, end, layer, mask=None, source=None, queries=QUERIES[0]
+    ):  # fmt: skip
         name = "Attune Source Fusion"
         host.check_plain(model)
         host.check_texts(model, target, negative)
@@ -414,7 +439,7 @@ class AttuneSourceFusion(io.ComfyNode):
         mask = torch.ones(1, 8, 8) if mask is None else mask
         region, source = region_of(mask, trajectory, name), source_text(trajectory, source, name)
         window = Window(start, end, WINDOW)
-        rules = rules_of(region, window, layer, outside=fusion.FromSource, inside=fusion.FromSource)
+        rules = rules_of(region, window, layer, outside=fusion.OUTSIDES[queries], inside=fusion.FromSource)
         references = heard(source_references(trajectory, source, negative), schema.node_id(cls))
         fused = host.install(model, references, rules)
         positive, away = in_parts(region, source, target), in_parts(region, negative, negative)

@@ -28,6 +28,7 @@ ROWS = (
     "Negative-prompt inversion, last latents of the guided",
     "EmbCtrl, last latents, empty", "what every step's vectors learned", "what every step's null embedding learned",
     "of every look", "background mask", "features of every level", "intermediate picture, mixed", "target, latents",
+    "target, own queries outside, latents", "target, layers and steps", "next turn's source",
     "last latents: mask refinement",
     "the masks of every step",
 )  # fmt: skip
@@ -104,6 +105,9 @@ def test_when_a_row_holds(found, holds):
 def test_departures_stand_apart():
     text = faithfulness.markdown([row(0.0, 1.0), row(0.0, 1.0, departs="because")])
     assert text.index("| c |") < text.index("departs on purpose") < text.index("because")
+    text = faithfulness.markdown([row(0.0, 1.0, departs="because"), row(0.0, 1.0, departs="unsaid", printed=True)])
+    assert text.index("because") < text.index("something else, or nothing") < text.index("unsaid")
+    assert text.count("because") == text.count("unsaid") == 1
 
 
 @pytest.mark.parametrize(("worst", "code"), [(0.0, 0), (1.0, 1)])

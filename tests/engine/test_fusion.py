@@ -168,7 +168,9 @@ class ByHand:
     """The paper's equations 4, 9, 10 and 14. A picture here is z = sqrt(a) x0 + sqrt(1 - a) eps, as the paper has it;
     ``a`` is 1 / (1 + sigma^2). Nothing of the pack runs but the trajectory's numbers."""
 
-    def __init__(self, picture, mask, window, strength=1.0, percents=(0.0, 1.0), halves="both"):
+    def __init__(
+        self, picture, mask, window, strength=1.0, percents=(0.0, 1.0), halves="both", queries="source's"
+    ):  # fmt: skip
         self.unet = picture.model.model.diffusion_model
         self.sampling = picture.model.get_model_object("model_sampling")
         self.trajectory, self.target, self.empty = picture.trajectory, picture.target, picture.empty
@@ -179,6 +181,7 @@ class ByHand:
         features = net(hint.mean(-1)[:, None])["input"]
         self.features = [None if f is None else f * strength for f in features]
         self.percents, self.halves = [float(self.sampling.percent_to_sigma(p)) for p in percents], halves
+        self.outside = {"source's": all_of, "own": keys_and_values}[queries]
 
     def eps(self, z, sigma, texts, controlled, exchange=None):
         """The noise (R, C, h, w) that the UNet predicts of one ``z`` under R ``texts``, each with the adapter or
@@ -249,7 +252,7 @@ class ByHand:
 
         def predict(z, step):
             source = self.source(step)
-            return self.both(z, step, self.controlled(self.sigmas[step]), keys_and_values(source), None)
+            return self.both(z, step, self.controlled(self.sigmas[step]), self.outside(source), None)
 
         return self.way(noise / (1 + self.sigmas[0] ** 2) ** 0.5, predict)
 
@@ -259,7 +262,7 @@ class ByHand:
         def predict(z, step):
             controlled, texts = self.controlled(self.sigmas[step]), [self.target[0][0], self.empty[0][0]]
             form = self.read(intermediate, step, texts, controlled)
-            return self.both(z, step, controlled, keys_and_values(self.source(step)), same_map(form))
+            return self.both(z, step, controlled, self.outside(self.source(step)), same_map(form))
 
         noise = torch.where(self.inside, intermediate.latents[0], self.trajectory.latents[0])
         return self.way(noise / (1 + self.sigmas[0] ** 2) ** 0.5, predict)
@@ -268,10 +271,15 @@ class ByHand:
         """Equation 14 and algorithm 5."""
 
         def predict(z, step):
-            source = keys_and_values(self.source(step))
-            return self.both(z, step, [False, False], source, source)
+            source = self.source(step)
+            return self.both(z, step, [False, False], self.outside(source), keys_and_values(source))
 
         return self.way(self.trajectory.latents[0] / (1 + self.sigmas[0] ** 2) ** 0.5, predict)
+
+
+def all_of(read):
+    """Attention(Q read, K read, V read)."""
+    return lambda half, number, q, k, v: tuple(t[half] for t in read[number])
 
 
 def keys_and_values(read):
@@ -303,6 +311,7 @@ CASES = {
         False,
     ),
     "some layers and steps, no adapter, null embeddings": (SOME, {"strength": 0.0}, True),
+    "own queries": (DEFAULT, {"queries": "own"}, False),
 }
 
 
@@ -312,20 +321,41 @@ def test_it_is_the_papers_equations(picture, led, window, changes, learned):
     one = with_nulls(picture) if learned else picture
     made, shown = one.intermediate(window, **changes) if changes else (led.made, led.shown)
     percents = changes.get("start_percent", 0.0), changes.get("end_percent", 1.0)
-    by_hand = ByHand(one, MASK, window, changes.get("strength", 1.0), percents, changes.get("halves", "both"))
+    told = {name: changes[name] for name in ("strength", "halves", "queries") if name in changes}
+    by_hand = ByHand(one, MASK, window, percents=percents, **told)
     assert differ(made.latents, by_hand.intermediate(made.latents[0])) < CLOSE
     assert torch.equal(shown, one.vae.decode(runs.host_latent(made, -1))) and made.steps == STEPS
-    drawn = one.draw(one.masked_fusion(made, window)) if changes else led.drawn
+    told = {"queries": changes["queries"]} if "queries" in changes else {}
+    drawn = one.draw(one.masked_fusion(made, window, **told)) if changes else led.drawn
     drawn = runs.to_model_scale(one.model, drawn)
     assert differ(drawn, by_hand.fused(made)[-1]) < CLOSE
     assert differ(drawn, made.latents[-1]) > 0.1, "the intermediate is the picture"
 
 
+@pytest.mark.parametrize("queries", ["source's", "own"])
 @pytest.mark.parametrize("window, mask", [(SOME, None), (DEFAULT, MASK)], ids=["whole picture", "mask"])
-def test_source_fusion_is_appendix_c(picture, window, mask):
-    drawn = runs.to_model_scale(picture.model, picture.draw(picture.source_fusion(window, mask=mask)))
-    by_hand = ByHand(picture, WHITE if mask is None else mask, window)
+def test_source_fusion_is_appendix_c(picture, window, mask, queries):
+    """Equation 13 keeps the row's own queries; whose it is can be chosen for the outside alone."""
+    drawn = runs.to_model_scale(picture.model, picture.draw(picture.source_fusion(window, mask=mask, queries=queries)))
+    by_hand = ByHand(picture, WHITE if mask is None else mask, window, queries=queries)
     assert differ(drawn, by_hand.source_fused()[-1]) < CLOSE
+    if mask is not None:
+        other = ByHand(picture, mask, window, queries="own" if queries != "own" else "source's")
+        assert differ(drawn, other.source_fused()[-1]) > 100 * CLOSE
+
+
+@pytest.mark.parametrize("queries", ["source's", "own"])
+def test_whose_queries_is_the_outsides_alone(small, queries):
+    """A mask that is white everywhere leaves no outside, and one that is nearly black nearly nothing else."""
+    white = small.draw(small.source_fusion(ALL, mask=torch.ones_like(SMALL), queries=queries))
+    assert torch.equal(white, small.draw(small.source_fusion(ALL, mask=torch.ones_like(SMALL))))
+
+
+def test_a_graph_from_before_the_choice_draws_the_pages_form(small, small_led):
+    """`queries` may be lacking, and is then the source's."""
+    drawn = [small.draw(small.masked_fusion(small_led.made, **told)) for told in ({}, {"queries": "source's"})]
+    assert torch.equal(*drawn) and torch.equal(drawn[0], small_led.drawn)
+    assert differ(small.draw(small.masked_fusion(small_led.made, queries="own")), drawn[0]) > 1e-3
 
 
 # ---- beside the stock run ----------------------------------------------------------------------------------------

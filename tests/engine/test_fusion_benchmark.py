@@ -71,3 +71,31 @@ def test_five_turns_change_one_thing_each(asked):
         ((old, new),) = changed
         assert (old.shape != new.shape) != (old.color != new.color)
         assert len({t.shape for t in after.things}) == len({t.color for t in after.things}) == 2
+
+
+def test_intervals():
+    """Wilson's has the values of its formula's tables; the resampled one holds the mean and narrows with the number."""
+    assert benchmark.wilson(5, 10) == [23.7, 76.3] and benchmark.wilson(0, 8) == [0.0, 32.4]
+    assert benchmark.wilson(8, 8) == [67.6, 100.0]
+    low, high = benchmark.resampled(np.arange(24.0))
+    assert 8 < low < 11.5 < high < 15 and benchmark.resampled([3.0] * 5) == [3.0, 3.0]
+    few = benchmark.resampled([0.0, 23.0])
+    assert few[1] - few[0] > 2 * (high - low)
+    marks = [{"success %": 100.0 * (i % 2), "L1": float(i)} for i in range(10)]
+    assert benchmark.summed(marks)["95 %"]["success %"] == benchmark.wilson(5, 10)
+    less = benchmark.difference(marks, [{"success %": 0.0, "L1": i - 1.0} for i in range(10)])
+    assert less["L1"] == [1.0, 1.0, 1.0] and less["success %"][0] == 50.0 and less["success %"][1] < 50.0
+
+
+def test_a_seam_shows_where_the_masks_latent_pixels_end():
+    mask = np.zeros((64, 64), bool)
+    mask[20:30, 20:30] = True  # latent pixels 16 to 32
+    step = np.zeros((64, 64, 3))
+    step[16:32, 16:32] = 0.1
+    soft = np.zeros((64, 64, 3))
+    soft[12:36, 12:36] = 0.001
+    assert benchmark.seam_of(np.zeros_like(step), mask) == 0
+    assert benchmark.seam_of(step, mask) > 50 * benchmark.seam_of(soft, mask) > 0
+    assert benchmark.seam_of(np.roll(step, 30, (0, 1)), mask) < 0.3 * benchmark.seam_of(step, mask)
+    assert benchmark.seam_of(step + 0.3, mask) == pytest.approx(benchmark.seam_of(step, mask)), "a shade is no seam"
+    assert benchmark.seam_of(step, np.ones_like(mask)) == 0

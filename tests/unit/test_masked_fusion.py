@@ -1,4 +1,4 @@
-"""MaSaFusion's two attentions beside its equations 9 and 10, its regions and its start noises."""
+"""MaSaFusion's attentions as its page prints them in equations 9, 10, 13 and 14, its regions and its start noises."""
 
 import math
 
@@ -9,9 +9,12 @@ from attune.attention_patches import masked_fusion as fusion
 from attune.attention_patches.values import QKV, Place, Window
 
 WHOLE = Window(0, 1)
-RULES = {
-    "outside": (fusion.FromSource, (fusion.SOURCE, fusion.SOURCE_NEGATIVE)),
-    "inside": (fusion.LikeIntermediate, (fusion.INTERMEDIATE, fusion.INTERMEDIATE_NEGATIVE)),
+SOURCE, T2I = (fusion.SOURCE, fusion.SOURCE_NEGATIVE), (fusion.INTERMEDIATE, fusion.INTERMEDIATE_NEGATIVE)
+# What each prediction attends with, as the page has it: whose Q, K and V. S is the source, T the row itself.
+PAGE = {
+    "equation 9, outside: (Q^S, K^S, V^S)": (fusion.LikeSource, SOURCE, "SSS"),
+    "equation 10, inside: (Q^t2i, K^t2i, V^T)": (fusion.LikeIntermediate, T2I, "IIT"),
+    "equation 13: (Q^T, K^S, V^S)": (fusion.FromSource, SOURCE, "TSS"),
 }
 
 
@@ -24,7 +27,7 @@ def random_qkv(rows=2):
 
 
 def attended(q, k, v):
-    """One head's attention (N, D), token by token in plain floats."""
+    """One head's attention (N, D), token by token in plain floats: softmax(Q K^T / sqrt(d)) V."""
     out = []
     for query in q.tolist():
         scores = [sum(a * b for a, b in zip(query, key, strict=True)) / math.sqrt(len(query)) for key in k.tolist()]
@@ -34,37 +37,41 @@ def attended(q, k, v):
 
 
 @pytest.mark.parametrize("negative", [False, True], ids=["positive", "negative"])
-def test_outside_reads_the_sources_keys_and_values(negative):
-    """Equation 9: Attention(Q target, K source, V source), each half of guidance its own."""
-    own, source, other = random_qkv(), random_qkv(), random_qkv()
-    references = {fusion.SOURCE: source, fusion.SOURCE_NEGATIVE: other}
-    read = other if negative else source
+@pytest.mark.parametrize("kind, reads, whose", PAGE.values(), ids=PAGE)
+def test_a_prediction_attends_as_the_page_prints_it(kind, reads, whose, negative):
+    """Each half of guidance by itself, whatever the other half and any other reference hold."""
+    own, *read = (random_qkv() for _ in range(5))
+    references = dict(zip((*SOURCE, *T2I), read, strict=True))
+    by_name = {"T": own, "S": references[SOURCE[negative]], "I": references[T2I[negative]]}
     place = Place("self", ("middle", 0), 0, (3, 4), 0, 5, negative=negative)
-    found = rule(fusion.FromSource).self_attention(place, own, references)
+    found = rule(kind).self_attention(place, own, {name: references[name] for name in reads})
+    assert rule(kind).reads == reads
     for row in range(2):
-        by_hand = attended(own.q[row], read.k[row], read.v[row])
+        given = [getattr(by_name[one], part)[row] for one, part in zip(whose, "qkv", strict=True)]
         drawn = torch.nn.functional.scaled_dot_product_attention(*(x[row : row + 1] for x in found))[0]
-        assert torch.allclose(drawn, by_hand, atol=1e-12)
-        assert (drawn - attended(*(x[row] for x in own))).abs().max() > 0.1
+        assert torch.allclose(drawn, attended(*given), atol=1e-12)
+        for other in {"SSS", "IIT", "TSS", "TTT", "SST"} - {whose}:
+            given = [getattr(by_name[one], part)[row] for one, part in zip(other, "qkv", strict=True)]
+            assert (drawn - attended(*given)).abs().max() > 0.1, other
 
 
-@pytest.mark.parametrize("negative", [False, True], ids=["positive", "negative"])
-def test_inside_has_the_intermediates_map_on_its_own_values(negative):
-    """Equation 10: Attention(Q intermediate, K intermediate, V target), each half of guidance its own."""
-    own, led, unled = random_qkv(), random_qkv(), random_qkv()
-    references = {fusion.INTERMEDIATE: led, fusion.INTERMEDIATE_NEGATIVE: unled}
-    read = unled if negative else led
-    place = Place("self", ("middle", 0), 0, (3, 4), 0, 5, negative=negative)
-    found = rule(fusion.LikeIntermediate).self_attention(place, own, references)
-    for row in range(2):
-        by_hand = attended(read.q[row], read.k[row], own.v[row])
-        drawn = torch.nn.functional.scaled_dot_product_attention(*(x[row : row + 1] for x in found))[0]
-        assert torch.allclose(drawn, by_hand, atol=1e-12)
-        assert (drawn - attended(*(x[row] for x in own))).abs().max() > 0.1
+def test_with_the_sources_queries_the_outside_is_the_source_whatever_is_drawn():
+    """Equation 9 has nothing of the row that is drawn in it, so what it attends to comes out the same for any."""
+    references = {name: random_qkv() for name in SOURCE}
+    place = Place("self", ("middle", 0), 0, (3, 4), 0, 5)
+    one, other = (rule(fusion.LikeSource).self_attention(place, random_qkv(), references) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    one, other = (rule(fusion.FromSource).self_attention(place, random_qkv(), references) for _ in range(2))
+    assert not torch.equal(one.q, other.q)
 
 
-@pytest.mark.parametrize("kind, reads", RULES.values(), ids=RULES)
-def test_where_and_when(kind, reads):
+def test_the_page_is_the_default_outside():
+    assert [*fusion.OUTSIDES] == ["source's", "own"]
+    assert [*fusion.OUTSIDES.values()] == [fusion.LikeSource, fusion.FromSource]
+
+
+@pytest.mark.parametrize("kind, reads, whose", PAGE.values(), ids=PAGE)
+def test_where_and_when(kind, reads, whose):
     one = rule(kind, Window(0.2, 0.6), layer=3)
     asked = [
         (kind_, number, step)
@@ -74,7 +81,7 @@ def test_where_and_when(kind, reads):
         if one.edits(Place(kind_, ("middle", 0), 0, (4, 4), step, 10, number))
     ]
     assert asked == [("self", number, step) for number in (3, 4, 5) for step in (2, 3, 4, 5)]
-    assert one.reads == reads and one.is_part and one.both_halves
+    assert one.is_part and one.both_halves
     assert not any(rule(kind, Window(0.5, 0.5)).edits(Place("self", (), 0, (4, 4), step, 10)) for step in range(10))
 
 

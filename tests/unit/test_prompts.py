@@ -7,6 +7,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from attune.benchmark import datasets, demo_edits, prompts
 from attune.benchmark.prompts import NotApplicable, Setup, build, every_method, read_method
@@ -100,7 +101,7 @@ def test_captions_are_given_to_the_host_as_they_read(samples):
     ("cpam", {"mask": None}, "no mask"),
     ("p2p_ddim", {"source": ""}, "no caption of the source"),
     ("p2p_blend", {"words": ()}, "no words that say where"),
-    ("masafusion", {"extras": {}}, "no outlines"),
+    ("masafusion", {"extras": {}, "truth": None}, "no outlines"),
     ("truth", {"truth": None}, "no true result"),
 ])  # fmt: skip
 def test_a_sample_that_lacks_something_is_told(samples, name, change, lack):
@@ -117,6 +118,19 @@ def test_pictures_are_made_when_they_are_read(samples):
     assert _white(kept.make()) == 128 * 128 - true["background"]
     sketch = build(read_method("masafusion"), samples["move"], Setup()).files[1]
     assert 0 < _white(sketch.make()) < 2000
+
+
+def test_a_sketch_of_a_true_picture_is_its_outlines(samples):
+    """Where no scene is known, as in MagicBrush, the lines come from the picture, and only where its colours step."""
+    sample = replace(samples["shape"], extras={})
+    files = [build(read_method("masafusion"), one, Setup()).files[1] for one in (samples["shape"], sample)]
+    drawn, traced = (np.asarray(Image.open(BytesIO(file.make())).convert("L")) > 127 for file in files)
+    truth = np.asarray(Image.open(sample.truth).convert("RGB")).astype(float)
+    step = np.maximum(*(np.abs(np.diff(truth, axis=a, append=0)).max(-1) for a in (0, 1))) > 50
+    near = ndimage.binary_dilation(step, iterations=3)
+    assert traced.shape == drawn.shape == (128, 128) and traced.any() and not (traced & ~near).any()
+    assert (drawn & ndimage.binary_dilation(traced, iterations=3)).sum() > 0.9 * drawn.sum()
+    assert files[0].name != files[1].name, "the host would keep one picture for both"
 
 
 def _white(content):
