@@ -143,7 +143,7 @@ class Sides(self_parity.Sides):
     def learn_nulls(self, number, grid):
         """The pack's trajectory with null embeddings."""
         trajectory = self.invert(number, self.caption(number), grid, False)
-        settings = self.empty, self.bench.guidance, INNER, 0.01, -1.0, True
+        settings = self.empty, self.bench.guidance, INNER, 0.01, 0.0, True
         return call(invert.AttuneNullTextInversion, trajectory, self.bench.model, *settings)[0]
 
     def plain_nulls(self, number, grid, tolerance=-1.0, inner=INNER):
