@@ -76,7 +76,10 @@ class AttuneAttentionMaps(io.ComfyNode):
                 io.String.Input(
                     "words",
                     default="",
-                    tooltip="Which words to show, with commas between; empty shows every word of the prompt.",
+                    tooltip=(
+                        "Which words to show, with commas between; empty shows every word of the prompt. <start>, "
+                        "<end> and <padding> are the tokens around the words."
+                    ),
                 ),
                 io.Int.Input(
                     "tokens",
@@ -136,7 +139,7 @@ class AttuneAttentionMaps(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="The word whose map becomes the mask, wherever it stands in the prompt; empty takes the "
-                    "first that is shown.",
+                    "first that is shown. <start>, <end> and <padding> do, too.",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -202,13 +205,14 @@ class AttuneAttentionMaps(io.ComfyNode):
         read = host.read_words(clip, prompt)
         chosen = read_list(words)
         change = "words or the prompt on Attune Attention Maps"
-        shown = [(w, p) for w in chosen for p in read.find(w, change)] or [(w.text, w.positions) for w in read.words]
+        shown = [(w, p) for w in chosen for p in read.find_any(w, change)] or [(w.text, w.positions) for w in read.words]
         if not shown:
             raise ValueError("The prompt is empty, but a map belongs to a word; write one in Attune Attention Maps.")
         masked = shown[0]
         if mask_word.strip():
             change = "mask_word or the prompt on Attune Attention Maps"
-            masked = mask_word.strip(), read.positions([mask_word], change)
+            places = (p for found in read.find_any(mask_word, change) for p in found)
+            masked = mask_word.strip(), tuple(dict.fromkeys(places))
             shown += [masked] * (masked[1] not in [p for _, p in shown])
         names, positions = zip(*shown, strict=True)
         choice = layer if layer >= 0 else layers, tokens, steps == STEPS_EACH, len(trajectory.sigmas) - 1

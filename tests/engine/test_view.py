@@ -138,6 +138,34 @@ def test_words_beyond_the_first_chunk(seen):
     assert 0 < float(found.maps[0][0].mean()) < 0.1
 
 
+def by_hand(seen, prompt):
+    """Every text token's map (T, h, w) at 16x16, summed up without the pack's own gathering."""
+    total = []
+
+    def receive(place, own, heads):
+        if place.kind == "cross" and place.tokens == 256:
+            q, k = (x[0].unflatten(-1, (heads, -1)).transpose(0, 1).float() for x in (own.q, own.k))
+            total.append((q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0))
+
+    view.look(seen.bench.model, seen.bench.text(prompt), seen.trajectory, 10, receive, lambda *_: None)
+    return (sum(total) / len(total)).T.unflatten(1, (16, 16)).cpu()
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_start_end_and_padding_are_shown_like_words(seen, chunks):
+    prompt = ", ".join([CAPTION] + ["fine grain"] * 30 * (chunks - 1))
+    every = by_hand(seen, prompt)
+    ends = [len(CAPTION.split()) + 1] if chunks == 1 else [76, 77 + 1 + len(CAPTION.split()) + 30 * 3 - 75]
+    _, found, mask = seen.maps(words="<start>, circle, <end>, <padding>", prompt=prompt, every=10, mask_word="<end>")
+    assert found.words == ("<start>", "circle", "<end>", "<padding>")
+    start, _, end, padding = found.maps[0][:, 0, 0]
+    assert torch.allclose(start, every[::77].sum(0), atol=1e-5)
+    assert torch.allclose(end, every[ends].sum(0), atol=1e-5)
+    empty = [p for p in range(77 * chunks) if p % 77 and p > ends[p // 77]]
+    assert torch.allclose(padding, every[empty].sum(0), atol=1e-5)
+    assert 0 < mask.mean() < 1
+
+
 def test_the_mask_word_may_be_one_that_is_not_shown(seen):
     found, mask = seen.maps(words="red", mask_word="blue square", threshold=0.4)[1:]
     assert found.words == ("red", "blue square") and iou(mask[0], seen.masks[1]) > 0.5
