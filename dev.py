@@ -16,6 +16,7 @@
                                                 everything side by side: run, over ComfyUI servers and data sets;
                                                 faithfulness; time; full-size; workflows with mistakes in them: graphs;
                                                 spoiled trajectory files: files;
+                                                one input at several values, as a sheet: sweep;
                                                 the help pages: pictures; the icon and banner: emblem
     python3 dev.py python ARGS                  the environment's Python with ComfyUI importable
 

@@ -74,21 +74,19 @@ class FeatureSum(SelfSum):
     def __init__(self, pictures, which):
         super().__init__(pictures)
         self.which = which
-        self.sums = {}  # layer -> ((B, N, C), count)
+        self.sums = {}  # layer -> (B, N, C)
 
     def _begin(self, size):
         self.sums = {}
 
     def _take(self, place, own, heads):
         features = getattr(own, self.which).float().cpu().unflatten(0, (-1, self.pictures)).sum(0)
-        total, count = self.sums.get(place.layer, (0, 0))
-        self.sums[place.layer] = total + features, count + len(own.q) // self.pictures
+        self.sums[place.layer] = self.sums.get(place.layer, 0) + features
 
     def average(self):
         """Points (B, N, D), D the channels of all layers: each layer's mean has lost its own mean over the picture and
         is scaled to the sum of squares N, so that no layer outweighs another by its scale alone."""
-        means = [total / count for total, count in self.sums.values()]
-        means = [m - m.mean(1, keepdim=True) for m in means]
+        means = [m - m.mean(1, keepdim=True) for m in self.sums.values()]  # up to their scale, which goes
         lengths = [m.square().sum((1, 2), keepdim=True).clamp(min=1e-12) for m in means]
         return torch.cat([m * (m.shape[1] / n).sqrt() for m, n in zip(means, lengths, strict=True)], 2)
 

@@ -82,10 +82,10 @@ def interval(values: list[float]) -> tuple[float, float]:
     values = np.asarray(values, float)
     count = len(values)
     if set(values.tolist()) <= {0.0, 100.0}:
-        share, z = values.mean() / 100, 1.959964
+        share, z = float(values.mean()) / 100, 1.959964
         middle = (share + z * z / (2 * count)) / (1 + z * z / count)
         half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-        return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+        return tuple(100 * round(min(1.0, max(0.0, end)), 9) for end in (middle - half, middle + half))
     drawn = np.random.default_rng(SEED).integers(0, count, (TIMES, count))
     low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
     return float(low), float(high)

@@ -392,3 +392,7 @@ def test_a_place_is_outlined_and_what_it_looks_at_is_green(grid):
     assert 0.8 * side**2 < float(greenish.sum()) < 1.2 * side**2
     ys, xs = (red & (torch.arange(red.shape[1]) < sheet.GAP + 260)).nonzero().T
     assert abs(int(ys.max() - ys.min()) - side) < 4 and abs(int(xs.max() - xs.min()) - 2 * side) < 4
+    # Lines all around, and none between the two.
+    assert all(int((ys == y).sum()) > 1.8 * side for y in (ys.min(), ys.max()))
+    assert all(int((xs == x).sum()) > 0.8 * side for x in (xs.min(), xs.max()))
+    assert not (red[int(ys.min()) + 4 : int(ys.max()) - 3, int(xs.min()) + 4 : int(xs.max()) - 3]).any()
