@@ -15,6 +15,7 @@ Without --servers a ComfyUI is started that knows the demo model alone; it stand
 import argparse
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import logging
@@ -28,11 +29,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..nodes import sheet
 from ..tests import host
 from . import datasets, prompts, results, runner, servers
 
 ROOT = Path(__file__).resolve().parents[1]
+# The nodes need ComfyUI in this process; this file of them does not.
+_spec = importlib.util.spec_from_file_location("attune_sheet", ROOT / "nodes" / "sheet.py")
+sheet = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sheet)
 OUT = ROOT / "demo" / "run" / "sweep"
 KEPT = ROOT / "benchmark" / "sweeps.json"
 CHANGE = "change %"  # from the first value's picture

@@ -1,4 +1,4 @@
-"""One input at several values: what is asked of the server, what is counted, and what is shown."""
+"""One input at several values: what is asked of the server, what is counted, and what is shown. No ComfyUI."""
 
 import csv
 import io
