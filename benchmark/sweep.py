@@ -280,9 +280,7 @@ def as_csv(found: Sweep) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, ["value", "figure", "mean", "low", "high", "n"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(
-        {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()} for line in found.table()
-    )
+    writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()} for line in found.table())
     return file.getvalue()
 
 
