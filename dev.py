@@ -16,6 +16,7 @@
                                                 everything side by side: run, over ComfyUI servers and data sets;
                                                 faithfulness; time; full-size; workflows with mistakes in them: graphs;
                                                 spoiled trajectory files: files;
+                                                one input at several values, as a sheet: sweep;
                                                 the help pages: pictures; the icon and banner: emblem
     python3 dev.py python ARGS                  the environment's Python with ComfyUI importable
 
@@ -62,7 +63,7 @@ BENCHES = {
     "dynamic-prompt": "benchmark.dynamic_prompt", "fusion": "benchmark.fusion", "run": "benchmark.runner",
     "faithfulness": "benchmark.faithfulness", "full-size": "benchmark.full_size", "time": "benchmark.timing",
     "pictures": "benchmark.pictures", "emblem": "benchmark.emblem", "graphs": "benchmark.graphs",
-    "files": "benchmark.files",
+    "files": "benchmark.files", "sweep": "benchmark.sweep",
 }  # fmt: skip
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 

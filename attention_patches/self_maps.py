@@ -8,10 +8,12 @@ clusters are what Dynamic Prompt Learning finds the background with (k-means, k 
 import torch
 
 from .maps import nearest, pieces_of
+from .values import QKV
 
 LIMIT = 4096  # tokens; the matrix of one picture is then 64 MB
 PCA, SVD = "PCA", "SVD"
 KINDS = (PCA, SVD)
+MAPS, FEATURES = "self-attention maps", {"queries": "q", "keys": "k", "values": "v"}
 
 
 class SelfSum:
@@ -37,8 +39,15 @@ class SelfSum:
                 f"holds at most {LIMIT}; give it a smaller picture."
             )
         self.grid = nearest(small, tokens)
-        size = self.grid[0] * self.grid[1]
+        self._begin(self.grid[0] * self.grid[1])
+
+    def _begin(self, size):
         self.total = torch.zeros(self.pictures, size, size)
+
+    def _take(self, place, own, heads):
+        for row, at, p in pieces_of(own, heads):
+            self.total[row % self.pictures, at] += p.cpu()
+        self.count += len(own.q)
 
     def add(self, place, own, heads):
         if own.k.shape[1] != place.tokens:  # another pack lets the picture read something else besides
@@ -46,17 +55,82 @@ class SelfSum:
         if self.grid is None:
             self.grids.add(place.grid)
         elif place.grid == self.grid:
-            for row, at, p in pieces_of(own, heads):
-                self.total[row % self.pictures, at] += p.cpu()
-            self.count += len(own.q)
+            self._take(place, own, heads)
 
     def average(self):
         """The mean (B, N, N) over heads, layers and steps; rows sum to 1."""
         return self.total / (self.count / self.pictures)
 
 
+class FeatureSum(SelfSum):
+    """Adds up the queries, keys or values that one level's self-attention is made of, fed and asked as
+    :class:`SelfSum`; ``which`` is "q", "k" or "v".
+
+    A layer's features, its heads side by side, are averaged over the steps, as Dynamic Prompt Learning's figure 3 has
+    them. Layers each have axes of their own, so they are put side by side and not averaged; the paper does not say how
+    it joins them.
+    """
+
+    def __init__(self, pictures, which):
+        super().__init__(pictures)
+        self.which = which
+        self.sums = {}  # layer -> (B, N, C)
+
+    def _begin(self, size):
+        self.sums = {}
+
+    def _take(self, place, own, heads):
+        features = getattr(own, self.which).float().cpu().unflatten(0, (-1, self.pictures)).sum(0)
+        self.sums[place.layer] = self.sums.get(place.layer, 0) + features
+
+    def average(self):
+        """Points (B, N, D), D the channels of all layers: each layer's mean has lost its own mean over the picture and
+        is scaled to the sum of squares N, so that no layer outweighs another by its scale alone."""
+        means = [m - m.mean(1, keepdim=True) for m in self.sums.values()]  # up to their scale, which goes
+        lengths = [m.square().sum((1, 2), keepdim=True).clamp(min=1e-12) for m in means]
+        return torch.cat([m * (m.shape[1] / n).sqrt() for m, n in zip(means, lengths, strict=True)], 2)
+
+
+class PlaceSum:
+    """Adds up where some picture tokens look: their rows of the self-attention alone, in all levels at once.
+
+    ``weights(grid)`` gives how much each token counts, (B, N) of 0 and up with at least one above 0. What is kept is a
+    sum (B, N) a level, so no level is too large.
+    """
+
+    def __init__(self, weights):
+        self.weights = weights
+        self.levels = {}  # grid -> (weights, sum, count)
+
+    def add(self, place, own, heads):
+        if own.k.shape[1] != place.tokens:  # another pack lets the picture read something else besides
+            return
+        if place.grid not in self.levels:
+            weights = self.weights(place.grid)
+            self.levels[place.grid] = weights, torch.zeros_like(weights), 0
+        weights, total, count = self.levels[place.grid]
+        for row in range(len(own.q)):
+            of = weights[row % len(weights)]
+            tokens = of.nonzero()[:, 0]
+            share = (of[tokens] / of.sum()).to(own.q.device)
+            # Only these rows of the matrix are ever made.
+            asked = QKV(own.q[row : row + 1, tokens.to(own.q.device)], own.k[row : row + 1], own.v[row : row + 1])
+            for _, at, p in pieces_of(asked, heads):
+                total[row % len(weights)] += (share[at] @ p).cpu()
+        self.levels[place.grid] = weights, total, count + len(own.q)
+
+    def average(self, tokens):
+        """The level's grid (h, w) nearest to ``tokens``, its weights (B, N) and the mean (B, N) over the chosen tokens,
+        heads, layers and steps; a row sums to 1. Raises ValueError where no layer lined up."""
+        grid = nearest(self.levels, tokens)
+        weights, total, count = self.levels[grid]
+        return grid, weights, total / (count / len(weights))
+
+
 def components(matrix, count, kind=PCA):
     """The main components of a picture's mean self-attention (N, N): pictures (count, N), and each one's share.
+
+    With PCA also of points (N, D), such as :class:`FeatureSum` gives.
 
     PCA takes from every column its mean and gives each token's place along the directions in which the tokens' rows
     differ most; SVD takes from every row its mean and gives these directions themselves, as Prompt-to-Prompt's code
@@ -64,6 +138,11 @@ def components(matrix, count, kind=PCA):
     sum of squares that a component holds. The same matrix gives the same result. Raises ValueError for more components
     than tokens.
     """
+    if min(matrix.shape) < count <= len(matrix):
+        raise ValueError(
+            f"The level has {matrix.shape[1]} channels and so as many components, but Attune Self-Attention View was "
+            f"asked for {count}; lower count or choose another level."
+        )
     if count > len(matrix):
         raise ValueError(
             f"The level has {len(matrix)} picture tokens and so as many components, but Attune Self-Attention View was "
@@ -73,7 +152,7 @@ def components(matrix, count, kind=PCA):
     # The library draws its start from the global generator; more columns and rounds than asked for make it exact.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(centred, min(len(matrix), count + 16), 12)
+        u, s, v = torch.svd_lowrank(centred, min(*matrix.shape, count + 16), 12)
     shown = (u if kind == PCA else v).T[:count]
     signs = torch.gather(shown, 1, shown.abs().argmax(1, keepdim=True)).sign()
     return shown * signs, s[:count] ** 2 / (centred**2).sum().clamp(min=1e-30)

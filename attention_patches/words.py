@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 
 CHUNK = 77  # CLIP reads a prompt in pieces of 77 tokens, each with its own start, end and padding
+START, END, PADDING = "<start>", "<end>", "<padding>"  # what users write for these
 # Letters that only look like another: Cyrillic and Greek ones, quotation marks, dashes. CLIP tells them apart.
 LOOKS = str.maketrans(
     "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u03bf\u03bd\u2018\u2019\u02bc\u201c\u201d\u2010\u2012"
@@ -97,6 +98,34 @@ class Tokens:
             ours, theirs = _apart(written, "".join(texts[i:j]))
             return f"which holds one that only looks like it: {ours} in the word, {theirs} in the prompt"
         return f"whose words are: {', '.join(w.text for w in self.words)}"
+
+    def find_any(self, word, where=ON_THE_NODE):
+        """As :meth:`find`, and also "<start>", "<end>" and "<padding>": the tokens around the words, of all chunks in
+        one tuple. What the prompt itself holds goes first.
+
+        CLIP's padding is its end token over and over; MaSaFusion's figure 10 draws both as "<|endoftext|>". Raises
+        ValueError, too, for the padding of a prompt that leaves no room for any.
+        """
+        name = word.strip().lower()
+        if name not in (START, END, PADDING) or self.holds(word):
+            return self.find(word, where)
+        found = self._around()[name]
+        if not found:
+            raise ValueError(
+                f"{PADDING} is asked for, but the prompt fills all {self.length} text tokens and leaves none for it; "
+                f"change {where}."
+            )
+        return [found]
+
+    def _around(self):
+        """The positions of the tokens that belong to no word, by their names."""
+        taken, found = {p for word in self.words for p in word.positions}, {START: (), END: (), PADDING: ()}
+        for first in range(0, self.length, CHUNK):
+            end = 1 + max((p for p in taken if first < p < first + CHUNK), default=first)
+            found[START] += (first,)
+            found[END] += (end,)
+            found[PADDING] += tuple(range(end + 1, first + CHUNK))
+        return found
 
     def positions(self, words, where=ON_THE_NODE):
         """The positions of all occurrences of all ``words``, as one tuple, each once. Raises ValueError as

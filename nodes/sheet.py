@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 INKS = ((250, 204, 21), (96, 165, 250), (244, 114, 182), (74, 222, 128))  # of curves
 GAP, PAPER, INK, FAINT = 8, (24, 24, 27), (228, 228, 231), (161, 161, 170)
+GREEN, RED = (34, 197, 94), (239, 68, 68)
 LETTERS = Path(__file__).parent / "fonts" / "wqy-microhei.ttf"  # Latin, Greek, Cyrillic, Chinese, Japanese, Korean
 SMALL, WIDTH = 12, 1100  # pixels: the smallest lettering, and how wide a sheet of many tiles gets
 MOST = 600  # maps on one sheet
@@ -254,6 +255,41 @@ def cluster_sheet(labels, count, grid, side=192):
         text = f"cluster {i + 1}\n{_percent(float(mine.mean()))} of the picture"
         tiles.append(_labelled(_tokens(mine[..., None] * color, side), text, 16, 96))
     return from_pil(rows_of(tiles, _even(len(tiles), max(1, WIDTH // (side + GAP)))))
+
+
+def place_sheet(look, chosen, picture=None, side=256):
+    """IMAGE (1, H, W, 3): where a place looks, (h, w) in probabilities, and green over ``picture`` (H, W, 3) if given.
+
+    The tokens of the place, True in ``chosen`` (h, w), are outlined in red on both.
+    """
+    share, count = look / look.amax().clamp(min=1e-12), int(chosen.sum())
+    size = f"{look.shape[1]}x{look.shape[0]}"
+    text = f"where the place looks\n{count} of {look.numel()} tokens, {size}, at most {_percent(float(look.amax()))}"
+    tiles = [(_tokens(share, side), text)]
+    if picture is not None:
+        below = _enlarged(picture, side, Image.Resampling.LANCZOS)
+        veil = _tokens(share, side).convert("L").resize(below.size).point(lambda v: round(0.8 * v))
+        below.paste(Image.new("RGB", below.size, GREEN), (0, 0), veil)
+        tiles.append((below, "over the picture\ngreener is looked at more"))
+    for tile, _ in tiles:
+        _outline(tile, chosen)
+    return from_pil(rows_of([_labelled(tile, text, 16, 230) for tile, text in tiles], len(tiles)))
+
+
+def _outline(tile, chosen):
+    """Draws a red line on a picture around the tokens that are True in ``chosen`` (h, w)."""
+    draw, (height, width) = ImageDraw.Draw(tile), chosen.shape
+    xs, ys = ([round(i * side / n) for i in range(n + 1)] for side, n in ((tile.width, width), (tile.height, height)))
+    ends = tile.width - 1, tile.height - 1
+    for y, x in chosen.nonzero().tolist():
+        left, top, right, bottom = xs[x], ys[y], xs[x + 1], ys[y + 1]
+        edges = {
+            (y - 1, x): (left, top, right, top), (y + 1, x): (left, bottom, right, bottom),
+            (y, x - 1): (left, top, left, bottom), (y, x + 1): (right, top, right, bottom),
+        }  # fmt: skip
+        for (row, column), line in edges.items():
+            if not (0 <= row < height and 0 <= column < width and chosen[row, column]):
+                draw.line([min(v, ends[i % 2]) for i, v in enumerate(line)], RED, 2)
 
 
 def background_sheet(labels, owners, scores, names, grid, masks, side=192):

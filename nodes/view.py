@@ -6,17 +6,18 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..attention_patches import host, maps, self_maps
+from ..attention_patches import host, maps, masks, self_maps
 from ..attention_patches.words import read_list
 from ..inversion import host as runs
 from ..inversion.trajectory import Trajectory
 from . import schema, sheet
-from .edit import check_model, kept_vectors, warn_of_another_clip
+from .edit import check_model, check_painted, kept_vectors, warn_of_another_clip
 
 STEPS_AVERAGE, STEPS_EACH = "average", "each"
 STEPS = (STEPS_AVERAGE, STEPS_EACH)
 LATENT_STEPS = 50  # noise levels of which a finished picture is looked at at every n-th
 LATENT_SEED = 0
+ONE_PLACE = "one place"
 
 
 def noised_path(model, latent):
@@ -83,7 +84,10 @@ class AttuneAttentionMaps(io.ComfyNode):
                 io.String.Input(
                     "words",
                     default="",
-                    tooltip="Which words to show, with commas between; empty shows every word of the prompt.",
+                    tooltip=(
+                        "Which words to show, with commas between; empty shows every word of the prompt. <start>, "
+                        "<end> and <padding> are the tokens around the words."
+                    ),
                 ),
                 io.Int.Input(
                     "tokens",
@@ -143,7 +147,7 @@ class AttuneAttentionMaps(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="The word whose map becomes the mask, wherever it stands in the prompt; empty takes the "
-                    "first that is shown.",
+                    "first that is shown. <start>, <end> and <padding> do, too.",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -209,13 +213,15 @@ class AttuneAttentionMaps(io.ComfyNode):
         read = host.read_words(clip, prompt)
         chosen = read_list(words)
         change = "words or the prompt on Attune Attention Maps"
-        shown = [(w, p) for w in chosen for p in read.find(w, change)] or [(w.text, w.positions) for w in read.words]
+        shown = [(w, p) for w in chosen for p in read.find_any(w, change)]
+        shown = shown or [(w.text, w.positions) for w in read.words]
         if not shown:
             raise ValueError("The prompt is empty, but a map belongs to a word; write one in Attune Attention Maps.")
         masked = shown[0]
         if mask_word.strip():
             change = "mask_word or the prompt on Attune Attention Maps"
-            masked = mask_word.strip(), read.positions([mask_word], change)
+            places = (p for found in read.find_any(mask_word, change) for p in found)
+            masked = mask_word.strip(), tuple(dict.fromkeys(places))
             shown += [masked] * (masked[1] not in [p for _, p in shown])
         names, positions = zip(*shown, strict=True)
         choice = layer if layer >= 0 else layers, tokens, steps == STEPS_EACH, len(trajectory.sigmas) - 1
@@ -258,7 +264,7 @@ class AttuneSelfAttentionView(io.ComfyNode):
             category="Attune/view",
             description=(
                 "Shows which parts of a picture the model takes as belonging together: the main components of its "
-                "self-attention, and the picture cut into clusters by it."
+                "self-attention, and the picture cut into clusters by it; or where one place of it looks."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model that the trajectory was made with."),
@@ -284,11 +290,12 @@ class AttuneSelfAttentionView(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=list(self_maps.KINDS),
+                    options=[*self_maps.KINDS, ONE_PLACE],
                     default=self_maps.PCA,
                     tooltip=(
                         "PCA shows in what the picture's parts differ most (Dynamic Prompt Learning's figures); SVD "
-                        "what is looked at most in common (Prompt-to-Prompt's and Free-Prompt-Editing's)."
+                        "what is looked at most in common (Prompt-to-Prompt's and Free-Prompt-Editing's); one place "
+                        "where the tokens at x and y, or under the mask, look (as in CPAM's figure 7)."
                     ),
                 ),
                 io.Int.Input("count", default=3, min=1, max=16, tooltip="How many components to show."),
@@ -317,34 +324,88 @@ class AttuneSelfAttentionView(io.ComfyNode):
                     optional=True,
                     tooltip="Empty looks under the conditioning that the trajectory was made under.",
                 ),
+                io.Combo.Input(
+                    "of",
+                    options=[self_maps.MAPS, *self_maps.FEATURES],
+                    default=self_maps.MAPS,
+                    optional=True,
+                    tooltip=(
+                        "What components and clusters are made of: where tokens look, or the queries, keys or values "
+                        "that self-attention is made of. Maps follow objects best. Features go with PCA."
+                    ),
+                ),
+                io.Float.Input(
+                    "x",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.0001,
+                    optional=True,
+                    tooltip="For one place: where it is across the picture, 0 the left edge and 1 the right.",
+                ),
+                io.Float.Input(
+                    "y",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.0001,
+                    optional=True,
+                    tooltip="For one place: where it is down the picture, 0 the upper edge and 1 the lower.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="For one place: all that is white, in the place of x and y; the mean of its tokens.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="For one place: the picture to draw it on. Without one the map stands alone.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
-                    "components", display_name="components", tooltip="Each component, and the first three as colours."
+                    "components",
+                    display_name="components",
+                    tooltip="Each component, and the first three as colours; or the one place and where it looks.",
                 ),
                 io.Image.Output(
                     "parts",
                     display_name="clusters",
-                    tooltip="The clusters as colours, with their share of the picture.",
+                    tooltip="The clusters as colours, with their share of the picture; none for one place.",
                 ),
                 io.Mask.Output(
                     "masks",
                     display_name="masks",
-                    tooltip="One mask a cluster, the largest first, at the picture's size; picture after picture.",
+                    tooltip=(
+                        "One mask a cluster, the largest first, at the picture's size; picture after picture. For one "
+                        "place where it looks, from 0 to 1."
+                    ),
                 ),
             ],
         )
-        schema.folded(node, "method", "seed")
-        return schema.searchable(node, "self-attention map", "pca", "svd", "k-means", "segmentation", "clusters")
+        schema.folded(node, "method", "seed", "of", "x", "y")
+        names = "self-attention map", "pca", "svd", "k-means", "segmentation", "clusters", "pixel attention"
+        return schema.searchable(node, *names)
 
     @classmethod
-    def execute(cls, model, trajectory, tokens, every, method, count, clusters, seed, clip=None, prompt=""):
+    def execute(
+        cls, model, trajectory, tokens, every, method, count, clusters, seed, clip=None, prompt="", of=self_maps.MAPS,
+        x=0.5, y=0.5, mask=None, image=None,
+    ):  # fmt: skip
         host.check_plain(model)
         check_model(model, trajectory, schema.node_id(cls))
         if prompt.strip() and clip is None:
             raise ValueError(
                 "Attune Self-Attention View has a prompt but no CLIP to read it with; connect the checkpoint's clip, "
                 "or leave the prompt empty."
+            )
+        if of != self_maps.MAPS and method != self_maps.PCA:
+            raise ValueError(
+                f"Attune Self-Attention View is to show the {of} by the method {method}, which is for self-attention "
+                f"maps alone; set of to {self_maps.MAPS}, or method to {self_maps.PCA}."
             )
         conditioning = trajectory.conditioning
         if prompt.strip():
@@ -354,11 +415,26 @@ class AttuneSelfAttentionView(io.ComfyNode):
                 "The TRAJECTORY holds no conditioning to look under; write its caption into the prompt of Attune "
                 "Self-Attention View and connect clip."
             )
-        gathered = self_maps.SelfSum(trajectory.latents.shape[1])
+        size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
+        pictures = trajectory.latents.shape[1]
+        if method == ONE_PLACE:
+            gathered = self_maps.PlaceSum(_weights((x, y), mask, pictures, size))
+            image = _beside(image, pictures)
+        elif of == self_maps.MAPS:
+            gathered = self_maps.SelfSum(pictures)
+        else:
+            gathered = self_maps.FeatureSum(pictures, self_maps.FEATURES[of])
 
         def receive(place, own, heads):
             if place.kind == "self":
                 gathered.add(place, own, heads)
+
+        if method == ONE_PLACE:
+            look(model, conditioning, trajectory, every, receive, lambda *_: None)
+            grid, weights, rows = gathered.average(tokens)
+            rows, chosen = rows.unflatten(1, grid), (weights > 0).unflatten(1, grid)
+            drawn = [sheet.place_sheet(*one) for one in runs.each(list(zip(rows, chosen, image, strict=True)))]
+            return io.NodeOutput(torch.cat(drawn), ExecutionBlocker(None), maps.stretch(maps.resize(rows, size)))
 
         def before(step, evaluate):
             if gathered.grid is None:
@@ -366,14 +442,46 @@ class AttuneSelfAttentionView(io.ComfyNode):
                 gathered.choose(tokens)
 
         look(model, conditioning, trajectory, every, receive, before)
-        size = [runs.PIXELS * side for side in trajectory.latents.shape[-2:]]
-        components, parts, masks = [], [], []
+        components, parts, cut = [], [], []
         for matrix in runs.each(gathered.average()):
             components.append(sheet.component_sheet(*self_maps.components(matrix, count, method), gathered.grid))
             labels = self_maps.clusters(matrix, clusters, seed)
             parts.append(sheet.cluster_sheet(labels, clusters, gathered.grid))
-            masks.append(self_maps.label_masks(labels, clusters, gathered.grid, size))
-        return io.NodeOutput(*(torch.cat(pictures) for pictures in (components, parts, masks)))
+            cut.append(self_maps.label_masks(labels, clusters, gathered.grid, size))
+        return io.NodeOutput(*(torch.cat(found) for found in (components, parts, cut)))
+
+
+def _weights(point, mask, pictures, size):
+    """What :class:`self_maps.PlaceSum` asks: of the tokens under a MASK, or of the one at a point (x, y) in 0..1."""
+    if mask is None:
+
+        def weights(grid):
+            height, width = grid
+            x, y = (min(int(share * n), n - 1) for share, n in zip(point, (width, height), strict=True))
+            one = torch.zeros(height, width)
+            one[y, x] = 1
+            return one.flatten().expand(pictures, -1)
+
+        return weights
+    if len(mask) not in (1, pictures):
+        raise ValueError(
+            f"The mask holds {len(mask)} masks where the TRAJECTORY holds {pictures} "
+            f"picture{'s' * (pictures > 1)}; give mask of Attune Self-Attention View one or as many."
+        )
+    check_painted(mask.flatten(1).any(1).all(), "mask", "Attune Self-Attention View", "what is to be looked from")
+    return lambda grid: masks.touched(masks.fitted(mask, size), grid).expand(pictures, -1)
+
+
+def _beside(image, pictures):
+    """An IMAGE, or None, as one picture (H, W, 3) or None for each of a trajectory's pictures."""
+    if image is None:
+        return [None] * pictures
+    if len(image) not in (1, pictures):
+        raise ValueError(
+            f"The image holds {len(image)} pictures where the TRAJECTORY holds {pictures}; give image of Attune "
+            "Self-Attention View one or as many."
+        )
+    return list(schema.rgb(image).expand(pictures, -1, -1, -1))
 
 
 class AttuneCompare(io.ComfyNode):

@@ -138,6 +138,34 @@ def test_words_beyond_the_first_chunk(seen):
     assert 0 < float(found.maps[0][0].mean()) < 0.1
 
 
+def by_hand(seen, prompt):
+    """Every text token's map (T, h, w) at 16x16, summed up without the pack's own gathering."""
+    total = []
+
+    def receive(place, own, heads):
+        if place.kind == "cross" and place.tokens == 256:
+            q, k = (x[0].unflatten(-1, (heads, -1)).transpose(0, 1).float() for x in (own.q, own.k))
+            total.append((q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0))
+
+    view.look(seen.bench.model, seen.bench.text(prompt), seen.trajectory, 10, receive, lambda *_: None)
+    return (sum(total) / len(total)).T.unflatten(1, (16, 16)).cpu()
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_start_end_and_padding_are_shown_like_words(seen, chunks):
+    prompt = ", ".join([CAPTION] + ["fine grain"] * 30 * (chunks - 1))
+    every = by_hand(seen, prompt)
+    ends = [len(CAPTION.split()) + 1] if chunks == 1 else [76, 77 + 1 + len(CAPTION.split()) + 30 * 3 - 75]
+    _, found, mask = seen.maps(words="<start>, circle, <end>, <padding>", prompt=prompt, every=10, mask_word="<end>")
+    assert found.words == ("<start>", "circle", "<end>", "<padding>")
+    start, _, end, padding = found.maps[0][:, 0, 0]
+    assert torch.allclose(start, every[::77].sum(0), atol=1e-5)
+    assert torch.allclose(end, every[ends].sum(0), atol=1e-5)
+    empty = [p for p in range(77 * chunks) if p % 77 and p > ends[p // 77]]
+    assert torch.allclose(padding, every[empty].sum(0), atol=1e-5)
+    assert 0 < mask.mean() < 1
+
+
 def test_the_mask_word_may_be_one_that_is_not_shown(seen):
     found, mask = seen.maps(words="red", mask_word="blue square", threshold=0.4)[1:]
     assert found.words == ("red", "blue square") and iou(mask[0], seen.masks[1]) > 0.5
@@ -236,6 +264,64 @@ def test_a_batch_is_looked_at_picture_by_picture(bench):
     assert (alone != masks[4:]).float().mean() < 0.02 < (masks[:4] != masks[4:]).float().mean()
 
 
+def centre(mask):
+    ys, xs = mask.nonzero().float().T
+    return {"x": float(xs.mean() + 0.5) / mask.shape[1], "y": float(ys.mean() + 0.5) / mask.shape[0]}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_place_looks_at_its_own_object(seen, number):
+    mask = seen.masks[number : number + 1]
+    for place in ({"mask": mask}, centre(mask[0])):
+        drawn, blocked, look = seen.parts(method="one place", every=10, **place)
+        assert isinstance(blocked, ExecutionBlocker) and look.shape == (1, 128, 128)
+        assert (look.min(), look.max()) == (0, 1)
+        inside, outside = ((look[0] * m).sum() / m.sum() for m in (mask[0], 1 - seen.masks.amax(0)))
+        assert inside > 2 * outside
+    over = seen.parts(method="one place", every=10, image=seen.image, **place)
+    assert over[0].shape[2] > drawn.shape[2] and torch.equal(over[2], look)
+
+
+def test_a_place_is_a_row_of_the_whole_matrix(seen, bench):
+    gathered = view.self_maps.SelfSum(1)
+
+    def receive(place, own, heads):
+        if place.kind == "self":
+            gathered.add(place, own, heads)
+
+    view.look(bench.model, seen.trajectory.conditioning, seen.trajectory, 20, receive, lambda *_: None)
+    gathered.choose(256)
+    view.look(bench.model, seen.trajectory.conditioning, seen.trajectory, 10, receive, lambda *_: None)
+    row = gathered.average()[0, 16 * 3 + 12].view(1, 16, 16)
+    found = seen.parts(method="one place", every=10, x=12.5 / 16, y=3.5 / 16)[2]
+    assert torch.allclose(found, maps.stretch(maps.resize(row, (128, 128))), atol=1e-4)
+
+
+@pytest.mark.parametrize("of", ["queries", "keys", "values"])
+def test_queries_keys_and_values_have_components_and_clusters(seen, of):
+    components, parts, masks = seen.parts(every=10, clusters=4, of=of)
+    plain = seen.parts(every=10, clusters=4)
+    assert components.shape == plain[0].shape and not torch.equal(components, plain[0])
+    assert torch.equal(masks.sum(0), torch.ones(128, 128)) and parts.std() > 0.1
+    assert not torch.equal(masks, plain[2])
+
+
+def test_what_a_place_cannot_be(seen):
+    with pytest.raises(ValueError) as error:
+        seen.parts(method="one place", mask=torch.zeros(1, 128, 128))
+    one_sentence(error, "mask of Attune Self-Attention View is black")
+    with pytest.raises(ValueError) as error:
+        seen.parts(method="one place", mask=torch.ones(2, 128, 128))
+    one_sentence(error, "holds 2 masks where the TRAJECTORY holds 1 picture")
+    with pytest.raises(ValueError) as error:
+        seen.parts(method="one place", image=torch.ones(2, 128, 128, 3))
+    one_sentence(error, "holds 2 pictures where the TRAJECTORY holds 1")
+    for method in ("one place", "SVD"):
+        with pytest.raises(ValueError) as error:
+            seen.parts(method=method, of="keys")
+        one_sentence(error, "show the keys by the method " + method, "set of to self-attention maps")
+
+
 def test_what_the_view_cannot_do(seen, bench):
     bare = replace(seen.trajectory, conditioning=[])
     with pytest.raises(ValueError) as error:
@@ -246,7 +332,7 @@ def test_what_the_view_cannot_do(seen, bench):
     one_sentence(error, "no CLIP")
     with pytest.raises(ValueError) as error:
         seen.parts(method="zzz")
-    one_sentence(error, "zzz", "PCA, SVD")
+    one_sentence(error, "zzz", "PCA, SVD, one place")
     with pytest.raises(ValueError) as error:
         seen.parts(tokens=1, count=5)
     one_sentence(error, "4 picture tokens")

@@ -241,6 +241,57 @@ def test_no_self_attention_lined_up():
     one_sentence(error, "lines up", "connect the MODEL")
 
 
+def fed(gathered, rows=2, looks=(1, 2)):
+    for look in looks:
+        for place, own in calls("self", rows, seed=look):
+            gathered.add(place, own, HEADS)
+    return gathered
+
+
+@pytest.mark.parametrize(("tokens", "grid"), [(24, (4, 6)), (5, (2, 3))])
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_place_looks_where_its_rows_of_the_matrix_do(tokens, grid, rows, monkeypatch):
+    monkeypatch.setattr(maps, "PIECE", 30)
+    generator = torch.Generator().manual_seed(7)
+    weights = {g: torch.rand(2, g[0] * g[1], generator=generator).sub(0.4).clamp(min=0) for _, g in LAYERS}
+    found, of, mean = fed(self_maps.PlaceSum(weights.get), rows).average(tokens)
+    assert found == grid and torch.equal(of, weights[grid])
+    whole = by_hand(grid, rows).unflatten(0, (-1, 2)).mean(0)
+    wanted = torch.einsum("bn,bnm->bm", of / of.sum(1, keepdim=True), whole)
+    assert torch.allclose(mean, wanted, atol=1e-6) and torch.allclose(mean.sum(1), torch.ones(2), atol=1e-5)
+
+
+def test_only_the_rows_of_the_place_are_made(monkeypatch):
+    made = []
+    monkeypatch.setattr(maps, "attention_map", lambda q, k, h: made.append(q.shape[1]) or attention_map(q, k, h))
+    one = {g: torch.eye(g[0] * g[1])[:1] for _, g in LAYERS}
+    fed(self_maps.PlaceSum(one.get), rows=1)
+    assert set(made) == {1}
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_features_are_means_of_steps_and_layers_side_by_side(which):
+    gathered = self_maps.FeatureSum(2, which)
+    fed(gathered, rows=4, looks=(0,))
+    gathered.choose(24)
+    points = fed(gathered, rows=4).average()
+    layers = [n for n, (_, grid) in enumerate(LAYERS) if grid == (4, 6)]
+    drawn = [[getattr(own, which) for _, own in calls("self", 4, seed=look)] for look in (1, 2)]
+    wanted = []
+    for number in layers:
+        mean = sum(look[number][:2] + look[number][2:] for look in drawn) / 4
+        mean = mean - mean.mean(1, keepdim=True)
+        wanted.append(mean / mean.square().sum((1, 2), keepdim=True).sqrt() * 24**0.5)
+    assert points.shape == (2, 24, 16) and torch.allclose(points, torch.cat(wanted, 2), atol=1e-5)
+    shown, shares = self_maps.components(points[0], 3)
+    u, s, _ = torch.linalg.svd(points[0].double())
+    assert ((shown.double() * u.T[:3]).sum(1).abs() > 0.999).all()
+    assert torch.allclose(shares.double(), s[:3] ** 2 / (s**2).sum(), rtol=1e-3)
+    with pytest.raises(ValueError) as error:
+        self_maps.components(points[0], 17)
+    one_sentence(error, "16 channels", "lower count")
+
+
 def self_map(size=144, seed=0):
     """A self-attention matrix with some structure and much noise."""
     generator = torch.Generator().manual_seed(seed)

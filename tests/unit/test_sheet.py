@@ -376,3 +376,23 @@ def test_a_plot_of_small_values_is_not_flat():
         return rows.max() - rows.min()
 
     assert height(1e-9) > 60 and height(0.05) < 6
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (4, 6)])
+def test_a_place_is_outlined_and_what_it_looks_at_is_green(grid):
+    look, chosen = torch.zeros(grid), torch.zeros(grid, dtype=torch.bool)
+    look[3, 3], chosen[0, :2] = 1.0, True
+    alone = sheet.place_sheet(look, chosen)
+    both = sheet.place_sheet(look, chosen, torch.full((64, 16 * grid[1], 3), 0.5))
+    assert both.shape[2] > alone.shape[2] and both.shape[1] == alone.shape[1]
+    red, green = ((both[0] - torch.tensor(ink) / 255).abs().amax(-1) < 0.02 for ink in (sheet.RED, sheet.GREEN))
+    assert red.any() and not green.any()  # the veil lets the picture through
+    greenish = both[0, ..., 1] - both[0, ..., 0] > 0.2
+    side = 256 // grid[1]
+    assert 0.8 * side**2 < float(greenish.sum()) < 1.2 * side**2
+    ys, xs = (red & (torch.arange(red.shape[1]) < sheet.GAP + 260)).nonzero().T
+    assert abs(int(ys.max() - ys.min()) - side) < 4 and abs(int(xs.max() - xs.min()) - 2 * side) < 4
+    # Lines all around, and none between the two.
+    assert all(int((ys == y).sum()) > 1.8 * side for y in (ys.min(), ys.max()))
+    assert all(int((xs == x).sum()) > 0.8 * side for x in (xs.min(), xs.max()))
+    assert not (red[int(ys.min()) + 4 : int(ys.max()) - 3, int(xs.min()) + 4 : int(xs.max()) - 3]).any()

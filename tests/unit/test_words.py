@@ -94,6 +94,28 @@ def test_second_chunk_counts_on():
     assert read.length == 154
 
 
+def test_the_tokens_around_the_words_are_found_by_name():
+    read = group_words("x", [["w</w>"] * 75, ["a</w>", "c|at</w>"]])
+    assert read.find_any("<start>") == [(0, CHUNK)]
+    assert read.find_any(" <End>") == [(76, CHUNK + 3)]
+    assert read.find_any("<padding>") == [tuple(range(CHUNK + 4, 2 * CHUNK))]
+    around = sum((read.find_any(name)[0] for name in ("<start>", "<end>", "<padding>")), ())
+    assert sorted((*around, *(p for w in read.words for p in w.positions))) == list(range(2 * CHUNK))
+    assert read.find_any("a") == read.find("a") and group_words("", [[]]).find_any("<end>") == [(1,)]
+
+
+def test_what_the_prompt_itself_holds_goes_before_the_tokens_around_it():
+    assert tokens("a", "<", "start", ">").find_any("<start>") == [(2, 3, 4)]
+
+
+def test_a_prompt_that_leaves_no_room_for_padding():
+    read = group_words("x", [["w</w>"] * 75])
+    with pytest.raises(ValueError, match="fills all 77 text tokens .* change the words here."):
+        read.find_any("<padding>", "the words here")
+    with pytest.raises(ValueError, match='"<middle>" is not in the prompt'):
+        read.find_any("<middle>")
+
+
 def test_added_words_are_refused_by_name():
     with pytest.raises(ValueError, match='2 words and the target prompt 3 .*"" -> "red".* take Attune Prompt Refine'):
         swap_map(tokens("a", "cat"), tokens("a", "red", "cat"))
