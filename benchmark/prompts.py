@@ -10,8 +10,8 @@ A method is a workflow with values of its own, one JSON file each:
     demo        the same, for the demo model alone
     kinds       the only kinds of edits that it is for; ``except`` names those that it is not for
 
-A value may be {"by kind": {kind: value}, "otherwise": value}, or stand for something of the sample, which not every
-sample has; a method is not for those that have it not:
+A value may be {"by kind": {kind: value}, "otherwise": value}; null, which leaves an optional input out; or stand for
+something of the sample, which not every sample has; a method is not for those that have it not:
 
     $source $target             the captions, with brackets escaped: ComfyUI would read them as weights
     $words $outside             the words whose places may change, and those of what stays, separated by commas
@@ -422,12 +422,15 @@ def load(nodes, checkpoint):
 
 
 def put(nodes, node, name, value):
-    """Gives a node an input; a picture that takes a socket's place gets a node that loads it."""
+    """Gives a node an input, or takes it away; a picture that takes a socket's place gets a node that loads it."""
     if name == "class_type":
         node["class_type"] = value
         return
     if name not in node["inputs"] and not isinstance(value, File):
         raise ValueError(f"{node['_meta']['title']} has no input {name}, only {', '.join(node['inputs'])}.")
+    if value is None:
+        del node["inputs"][name]
+        return
     if isinstance(value, File):
         is_mask = "mask" in name
         value = value.name

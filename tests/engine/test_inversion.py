@@ -625,6 +625,28 @@ def test_a_recorded_picture_is_edited_like_a_real_one(bench):
     assert 0.01 < distance(edited, picture["samples"]) < distance(plain, picture["samples"])
 
 
+def test_a_recorded_run_with_null_embeddings_is_the_free_source_row(bench, latent):
+    """Which is how null-text's authors edit: the source is what the embeddings draw, not the inversion pinned."""
+    inverted = ddim(bench, latent)[0]
+    learned, negative = null_text(bench, inverted)
+    euler = outputs(custom.KSamplerSelect, "euler")[0]
+
+    def free(away):
+        common = False, 0, GUIDANCE, bench.text(SOURCE), away, euler, inverted.sigmas, start(inverted)
+        return outputs(invert.AttuneRecordTrajectory, bench.model, *common)[0]
+
+    recorded, expected = free(negative), runs.draw_again(bench.model, learned, negative, GUIDANCE)
+    assert distance(recorded.latents, expected) < 1e-5
+    assert distance(inverted.latents, expected) > 0.01 and distance(free(bench.text("")).latents, expected) > 0.01
+    # An edit starts from it: where both prompts are one, it draws the recorded picture, not the inverted one.
+    model, positive = outputs(
+        AttunePromptSwap, bench.model, bench.clip, recorded, SOURCE, SOURCE, 0.0, 1.0, 0.0, 1.0, 1024
+    )
+    same = bench.sample(model, positive, start(recorded), guidance=GUIDANCE, negative=negative, sigmas=recorded.sigmas)
+    drawn = runs.to_model_scale(bench.model, same)
+    assert distance(drawn, expected[-1]) < 1e-4 < distance(inverted.latents[-1], expected[-1])
+
+
 def test_samplers_that_leave_the_grid_and_bad_sigmas(bench):
     with pytest.raises(ValueError) as error:
         record(bench, "dpm_fast")

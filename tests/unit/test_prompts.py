@@ -158,6 +158,17 @@ def test_settings_of_a_run_come_last(samples):
             build(read_method("fpe"), samples["colour"], Setup(changes={"fpe": {place: 0.25}}))
 
 
+def test_dynamic_prompt_learning_is_the_papers_unless_its_name_says_more(samples):
+    names = "p2p_dynamic_prompt", "p2p_dynamic_prompt_noun_masks"
+    papers, ours = (build(read_method(name), samples["colour"], Setup()) for name in names)
+    learned = [nodes_of(one, "AttuneDynamicPrompt")[0] for one in (papers, ours)]
+    assert "background" in learned[0] and "noun_masks" not in learned[0] and "noun_masks" in learned[1]
+    assert nodes_of(papers, "AttuneBackgroundMask")[0]["every"] == 1
+    with pytest.raises(ValueError, match="has no input noun_mask"):
+        changes = {names[0]: {"Attune Dynamic Prompt/noun_mask": None}}
+        build(read_method(names[0]), samples["colour"], Setup(changes=changes))
+
+
 @pytest.mark.parametrize("told, why", [
     ({"name": "x", "workflow": "Attune - Refine a prompt.json", "result": "refined", "input": {}}, "has input, which"),
     ({"name": "x", "result": "refined"}, "lacks workflow"),
