@@ -29,7 +29,7 @@ ROWS = (
     "EmbCtrl, last latents, empty", "what every step's vectors learned", "what every step's null embedding learned",
     "of every look", "background mask", "features of every level", "intermediate picture, mixed", "target, latents",
     "last latents: mask refinement",
-    "the masks of every step",
+    "the masks of every step", "where windows end",
 )  # fmt: skip
 
 
