@@ -30,7 +30,7 @@ ROWS = (
     "of every look", "background mask", "features of every level", "intermediate picture, mixed", "target, latents",
     "target, own queries outside, latents", "target, layers and steps", "next turn's source",
     "last latents: mask refinement",
-    "the masks of every step",
+    "the masks of every step", "where windows end",
 )  # fmt: skip
 
 
