@@ -16,6 +16,7 @@
                                                 everything side by side: run, over ComfyUI servers and data sets;
                                                 faithfulness; time; full-size; workflows with mistakes in them: graphs;
                                                 spoiled trajectory files: files;
+                                                beside the authors' own code in your clones: official;
                                                 the help pages: pictures; the icon and banner: emblem
     python3 dev.py python ARGS                  the environment's Python with ComfyUI importable
 
@@ -61,7 +62,7 @@ BENCHES = {
     "dynamic-prompt": "benchmark.dynamic_prompt", "fusion": "benchmark.fusion", "run": "benchmark.runner",
     "faithfulness": "benchmark.faithfulness", "full-size": "benchmark.full_size", "time": "benchmark.timing",
     "pictures": "benchmark.pictures", "emblem": "benchmark.emblem", "graphs": "benchmark.graphs",
-    "files": "benchmark.files",
+    "files": "benchmark.files", "official": "benchmark.official",
 }  # fmt: skip
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 
@@ -130,7 +131,7 @@ def test(rest):
     require(chosen, "pytest", "hypothesis", "psutil", *(["playwright"] if "browser" in rooms else []))
     if set(rooms) == set(ROOMS) and not passed_on:
         return test_side_by_side(chosen, [room for room in rooms if f"tests/{room}" not in BESIDE])
-    return hand_over(chosen, ["-m", "pytest", *(f"tests/{room}" for room in rooms), *passed_on])
+    return hand_over(chosen, ["-m", "pytest", *([] if any(a.startswith("tests/") for a in passed_on) else [f"tests/{r}" for r in rooms]), *passed_on])
 
 
 def test_oldest(passed_on):
