@@ -1,4 +1,4 @@
-"""The nodes beside the authors' own code, run as it lies in your clones of it. Run as ``python3 dev.py bench official``.
+"""The nodes beside the authors' own code, as it lies in your clones of it. Run as ``python3 dev.py bench official``.
 
     dev.py bench official --code FOLDER      FOLDER holds clones of the repositories, under their own names
 
@@ -302,9 +302,8 @@ class Direct:
         self.sides = sides
         self.code = PromptToPrompt(sides, {"PnPInversion": clones["PnPInversion"]})
 
-    def told(self, number):
-        """(their inverter, the pack's trajectory on their timesteps, caption) of a picture."""
-        caption = scenes.caption(self.sides.scenes[number])
+    def told(self, number, caption):
+        """(their inverter, the pack's trajectory on their timesteps, its last latent) of a picture."""
         trajectory = self.sides.invert(number, caption, GRID, False)
         official_code.name_attention(self.code.model.unet, official_code.CrossAttention)
         inverter = self.code.direct(self.code.model, self.code.steps)
@@ -318,7 +317,7 @@ class Direct:
 
     def edit(self, name, number):
         case = cases(self.sides.scenes[number])[name]
-        inverter, trajectory, picture = self.told(number)
+        inverter, trajectory, picture = self.told(number, case.source)
         prompts = [case.source, case.target]
         with official_code.quiet():
             *_, latents, offsets = inverter.invert(picture, prompts, self.code.guidance)
@@ -328,22 +327,42 @@ class Direct:
         return self.sides.prompts.ours(case, given), theirs[1:], plain, trajectory
 
     def source(self, every, scale, number):
-        inverter, trajectory, picture = self.told(number)
-        prompts = [scenes.caption(self.sides.scenes[number])] * 2
+        caption = scenes.caption(self.sides.scenes[number])
+        inverter, trajectory, picture = self.told(number, caption)
+        prompts = [caption] * 2
         with official_code.quiet():
             if every > 1:
                 *_, latents, offsets = inverter.invert_skip_step(picture, prompts, self.code.guidance, every)
             else:
                 *_, latents, offsets = inverter.invert_not_full(picture, prompts, self.code.guidance, scale=scale)
-        theirs = self.draw(prompts, self.code.code.EmptyControl(), latents[-1], offsets)[:1]
-        ours = call(invert.AttuneDirectInversion, trajectory, every, scale, self.code.guidance)[0]
-        return host_scale(ours.latents[-1], trajectory), theirs, latents[0], trajectory
+        record = recorder(self.code.code.EmptyControl)
+        self.draw(prompts, record, latents[-1], offsets)
+        # Without their last step, which is onto itself but pinned once more.
+        count = len(trajectory.sigmas)
+        theirs, pinned = torch.stack(record.latents[: count - 1]), torch.stack(latents[::-1][1:count])
+        settings = every, scale, self.code.guidance, self.sides.bench.model, self.sides.empty
+        ours = call(invert.AttuneDirectInversion, trajectory, *settings)[0]
+        return torch.stack(self.sides.path(ours)[1:count]), theirs, pinned, None
 
     def checks(self):
         for name in ("swap of two words", "re-weight after swap", "refine, local blend with a word outside"):
             yield Check("Direct inversion with Prompt-to-Prompt", name, functools.partial(self.edit, name))
         for name, settings in (("skip_step 3", (3, 1.0)), ("scale 0.5", (1, 0.5))):
-            yield Check("Direct inversion", f"source row, {name}", functools.partial(self.source, *settings))
+            measure = functools.partial(self.source, *settings)
+            yield Check("Direct inversion", f"all latents of the source, {name}", measure)
+
+
+def recorder(kind):
+    """Their control that does nothing, and keeps the source's latents after each step in ``latents``."""
+
+    class Recorder(kind):
+        latents = ()
+
+        def step_callback(self, latents):
+            self.latents = *self.latents, latents[:1]
+            return latents
+
+    return Recorder()
 
 
 # ---- MasaCtrl and Free-Prompt-Editing --------------------------------------------------------------------------------
@@ -468,9 +487,9 @@ def lacking(title, clones):
         places = " or ".join(f"{name} ({official_code.REPOSITORIES[name]})" for name in needs)
         return f"{title} is skipped: there is no clone of {places}."
     # The controllers of Prompt-to-Prompt are in a notebook alone; PnPInversion has them as a file.
-    if "prompt-to-prompt" in needs and "PnPInversion" not in clones:
-        if not (clones["prompt-to-prompt"] / NOTEBOOK).is_file():
-            return f"{title} is skipped: the clone of prompt-to-prompt has no {NOTEBOOK}, and PnPInversion is not there."
+    alone = "prompt-to-prompt" in needs and "PnPInversion" not in clones
+    if alone and not (clones["prompt-to-prompt"] / NOTEBOOK).is_file():
+        return f"{title} is skipped: the clone of prompt-to-prompt has no {NOTEBOOK}, and there is no PnPInversion."
     return ""
 
 
@@ -503,7 +522,7 @@ def table(rows):
     return "\n".join(lines)
 
 
-def page(rows, skipped, clones, args):
+def page(rows, skipped, clones, whose_classes, args):
     """The whole page: whose code, at which commit, on what; the table; what was skipped."""
     versions = host.versions() | {name: importlib.metadata.version(name) for name in ("diffusers", "transformers")}
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -515,18 +534,20 @@ def page(rows, skipped, clones, args):
     left = "".join(f"\n{sentence}\n" for sentence in skipped)
     return (
         "# Beside the authors' own code\n\n"
-        "Written by `python3 dev.py bench official --code FOLDER --keep`. The pack's nodes and the stock sampler beside the "
-        "authors'\nclasses, imported as they are from clones of their repositories, with the demo model's weights, from the "
-        "same noise, on\nthe papers' timesteps. None of their code is here.\n\n"
+        "Written by `python3 dev.py bench official --code FOLDER --keep`. The pack's nodes and the stock sampler "
+        "beside the authors'\nclasses, imported as they are from clones of their repositories, with the demo model's "
+        "weights, from the same noise, on\nthe papers' timesteps. None of their code is here.\n\n"
         f"{whose}\n\n"
-        f"{datetime.date.today()}; {said}; fp32 on the CPU; {args.count} held-out scenes, {args.steps} steps, guidance "
-        f"{args.guidance:g}, seed {args.seed}.\n\n"
-        "Between their code and today's libraries stand: diffusers' attention under its older name, the host's tokenizer, "
-        "text\nencoder and autoencoder, latents of 16x16 where they are told 512 pixels, and, for that size, the stored maps "
-        "of 16x16\nin the blend. Of the notebook the definitions are read, and nothing is run.\n\n"
-        "`apart` is the largest distance over the scenes, the root mean square of the difference over that of theirs; "
-        "`PSNR` the\nleast between the pictures; `the method's own effect` the smallest distance of theirs from their own "
-        f"drawing without the\nmethod. The same is {SAME:g} or less, after null-text's updates {LEARNED:g}.\n\n"
+        f"{datetime.date.today()}; {said}; fp32 on the CPU; {args.count} held-out scenes, {args.steps} steps, "
+        f"guidance {args.guidance:g}, seed {args.seed}.\n\n"
+        "Between their code and today's libraries stand: diffusers' attention under its older name; the host's "
+        "tokenizer, text\nencoder and autoencoder; latents of 16x16 where they are told 512 pixels, and, for that "
+        "size, the stored maps of 16x16\nin the blend. Of their notebook, where the clone has it, the definitions are "
+        f"read, and nothing is run. Prompt-to-Prompt's\nclasses are of {whose_classes}.\n\n"
+        "`apart` is the largest distance over the scenes, the root mean square of the difference over that of theirs, "
+        "of the last\nlatents where nothing else is said; `PSNR` the least between the pictures, 100 at most; "
+        "`the method's own effect` the smallest\ndistance of theirs from their own drawing without the method. "
+        f"The same is {SAME:g} or less, after null-text's updates {LEARNED:g}.\n\n"
         f"{same} rows are the same and {other} depart as declared, of {len(rows)}.\n\n{table(rows)}\n{left}"
     )
 
@@ -575,7 +596,8 @@ def main(given=None):
         log.info("%d of %d: %s, %s: %s", number, len(chosen), check.method, check.compared, said)
     log.info("\n%s", table(rows))
     if args.keep:
-        PAGE.write_text(page(rows, skipped, clones, args), encoding="utf-8")
+        classes = made(PromptToPrompt).name if not lacking("Prompt-to-Prompt", clones) else "no clone"
+        PAGE.write_text(page(rows, skipped, clones, classes, args), encoding="utf-8")
     return 0 if all(row.holds for row in rows) else 1
 
 

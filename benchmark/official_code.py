@@ -117,14 +117,16 @@ def read_notebook(path, folder, **names):
                 ]
             except SyntaxError:  # a line for the notebook itself, not Python
                 continue
-            exec(compile(ast.Module(kept, []), str(path), "exec"), space)  # the user's own clone
+            exec(compile(ast.Module(kept, []), str(path), "exec"), space)  # noqa: S102 - the user's own clone
     space.update(names)
     return SimpleNamespace(**{name: value for name, value in space.items() if name.isidentifier()}, space=space)
 
 
+@contextlib.contextmanager
 def quiet():
-    """Inside, what they print is dropped."""
-    return contextlib.redirect_stdout(io.StringIO())
+    """Inside, what they print and their progress bars are dropped."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def fit(function, *args, **settings):
