@@ -17,6 +17,7 @@
                                                 faithfulness; time; full-size; workflows with mistakes in them: graphs;
                                                 spoiled trajectory files: files;
                                                 one input at several values, as a sheet: sweep;
+                                                beside the authors' own code in your clones: official;
                                                 the help pages: pictures; the icon and banner: emblem
     python3 dev.py python ARGS                  the environment's Python with ComfyUI importable
 
@@ -63,7 +64,7 @@ BENCHES = {
     "dynamic-prompt": "benchmark.dynamic_prompt", "fusion": "benchmark.fusion", "run": "benchmark.runner",
     "faithfulness": "benchmark.faithfulness", "full-size": "benchmark.full_size", "time": "benchmark.timing",
     "pictures": "benchmark.pictures", "emblem": "benchmark.emblem", "graphs": "benchmark.graphs",
-    "files": "benchmark.files", "sweep": "benchmark.sweep",
+    "files": "benchmark.files", "sweep": "benchmark.sweep", "official": "benchmark.official",
 }  # fmt: skip
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 

@@ -1,0 +1,105 @@
+"""The command that sets the nodes beside the authors' own code: what it says without that code, how it reads theirs,
+and its table. Their code is not here; small files of the same shape stand for it."""
+
+import json
+import sys
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+
+from attune.benchmark import official, official_code
+
+
+def test_no_code_is_one_sentence_and_no_error(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(official.logging, "basicConfig", lambda **_: None)  # it would take caplog's handler away
+    with caplog.at_level("INFO", "attune.bench"):
+        assert official.main(["--code", str(tmp_path)]) == 0
+    said = [record.message for record in caplog.records if record.name == "attune.bench"]
+    assert len(said) == 1 and all(name in said[0] for name in official_code.REPOSITORIES)
+
+
+def test_a_part_whose_repository_is_not_there_says_so(tmp_path):
+    (tmp_path / "prompt-to-prompt").mkdir()
+    clones = official_code.find(tmp_path)
+    assert list(clones) == ["prompt-to-prompt"]
+    assert official.lacking("MasaCtrl", clones) == (
+        "MasaCtrl is skipped: there is no clone of MasaCtrl (https://github.com/TencentARC/MasaCtrl)."
+    )
+    assert official.NOTEBOOK in official.lacking("Prompt-to-Prompt", clones)
+    (tmp_path / "prompt-to-prompt" / official.NOTEBOOK).write_text("{}", encoding="utf-8")
+    assert official.lacking("Prompt-to-Prompt", clones) == ""
+    assert official.lacking("MasaCtrl", clones | {"MasaCtrl": tmp_path}) == ""
+
+
+def test_their_modules_win_over_the_hosts_and_are_forgotten(tmp_path):
+    hosts = sys.modules.get("utils")
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "utils.py").write_text("import cv2\nanswer = 42\n", encoding="utf-8")
+    (module,) = official_code.read(tmp_path, "utils.utils")
+    assert module.answer == 42
+    assert sys.modules.get("utils") is hosts and "utils.utils" not in sys.modules and str(tmp_path) not in sys.path
+    if not official_code._importable("cv2"):
+        assert "cv2" not in sys.modules
+
+
+def test_of_a_notebook_only_definitions_are_read(tmp_path):
+    (tmp_path / "helper_of_theirs.py").write_text("base = 40\n", encoding="utf-8")
+    cells = [
+        {"cell_type": "markdown", "source": ["class NotCode: pass"]},
+        {"cell_type": "code", "source": ["%matplotlib inline\n"]},
+        {"cell_type": "code", "source": ["import helper_of_theirs\n", "STEPS = 1 / 0\n", "download()\n"]},
+        {"cell_type": "code", "source": ["def answer():\n", "    return helper_of_theirs.base + STEPS\n"]},
+    ]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    code = official_code.read_notebook(tmp_path / "a.ipynb", tmp_path, STEPS=2)
+    assert code.answer() == 42 and not hasattr(code, "NotCode")
+
+
+def test_attention_answers_to_its_older_name_and_back():
+    rng = torch.Generator().manual_seed(0)
+    layer = Attention(8, cross_attention_dim=6, heads=2, dim_head=4)
+    x, text = torch.randn(1, 5, 8, generator=rng), torch.randn(1, 3, 6, generator=rng)
+    before = layer(x, encoder_hidden_states=text)
+    official_code.name_attention(layer, official_code.CrossAttention)
+    assert type(layer).__name__ == "CrossAttention"
+    assert torch.equal(layer(x, encoder_hidden_states=text), before)
+    layer.forward = lambda x, context=None, mask=None: context
+    assert layer(x, encoder_hidden_states=text) is text
+    official_code.name_attention(layer, Attention)
+    assert type(layer) is Attention and torch.equal(layer(x, encoder_hidden_states=text), before)
+
+
+def row(apart, departs="", **more):
+    return official.Row(official.Check("Method", "case", None, departs), apart, **more)
+
+
+@pytest.mark.parametrize(
+    ("found", "holds", "verdict"),
+    [
+        (row(1e-6), True, "the same"),
+        (row(1e-3), False, "DIFFERENT"),
+        (row(float("nan")), False, "DIFFERENT"),
+        (row(0.3, "their reason"), True, "departs: their reason"),
+        (row(1e-6, "their reason"), False, "NO LONGER A DEPARTURE"),
+    ],
+)
+def test_a_verdict(found, holds, verdict):
+    assert found.holds is holds and found.verdict == verdict
+
+
+def test_the_table_has_a_line_a_row():
+    rows = [row(1.2e-6, decibels=120.04, effect=0.5), row(0.3, "why")]
+    assert official.table(rows).splitlines()[2:] == [
+        "| Method | case | 1.2e-06 | 120.0 | 0.5 | the same |",
+        "| Method | case | 0.3 |  |  | departs: why |",
+    ]
+
+
+def test_what_is_measured_is_the_worst_of_the_scenes():
+    def measure(number):
+        theirs = torch.ones(1, 4, 2, 2)
+        return theirs * (1 + (0.5, 0.25)[number]), theirs, theirs * (2.0, 3.0)[number], None
+
+    found = official.measured(official.Check("Method", "case", measure), 2, None)
+    assert found.apart == pytest.approx(0.5) and found.effect == pytest.approx(1.0) and found.decibels is None
