@@ -35,6 +35,7 @@ from .edit import (
 TARGET = "a blue circle on a gray background"
 EVERY, ONCE = "every step and layer", "once for all steps"
 BY_SOURCE, BY_TARGET = "source mask", "target mask"
+SOURCE, JOINT = "source", "source and itself"
 
 
 # ---- what they share ---------------------------------------------------------------------------------------------
@@ -70,21 +71,21 @@ def sources_of(model, clip, trajectory, prompt, node_id):
     return [source_of(model, clip, trajectory, prompt, node_id), read_without_text(clip, trajectory, node_id)]
 
 
-def read_layers(text, node):
-    """Layer numbers from 0 of "4-14" or "4, 6-9", which count from 1; None for no text. Raises ValueError."""
+def read_layers(text, node, start=1, what="layers"):
+    """Numbers from 0 of "4-14" or "4, 6-9", which count from ``start``; None for no text. Raises ValueError."""
     if not text.strip():
         return None
-    layers = set()
+    numbers = set()
     for part in re.split(r"[,\s]+", text.strip().strip(",")):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-        if not 1 <= first <= last:
+        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (-1, -1)
+        if not start <= first <= last:
             raise ValueError(
-                f'The layers are "{text}", but {node} takes numbers from 1 on and stretches of them, such as "4-14" '
-                'or "4, 6-9"; change them there.'
+                f'The {what} are "{text}", but {node} takes numbers from {start} on and stretches of them, such as '
+                '"4-14" or "4, 6-9"; change them there.'
             )
-        layers |= set(range(first - 1, last))
-    return frozenset(layers)
+        numbers |= set(range(first - start, last - start + 1))
+    return frozenset(numbers)
 
 
 # ---- nodes -------------------------------------------------------------------------------------------------------
@@ -225,18 +226,54 @@ class AttuneMutualSelfAttention(io.ComfyNode):
                     optional=True,
                     tooltip="White where the object goes in the new picture; without it, where it lay.",
                 ),
+                io.String.Input(
+                    "layers",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        'The layers themselves, counted from 0, in place of layer: "10-15" is the paper\'s in Stable '
+                        'Diffusion 1.x, "8, 10-12" any other. Fewer layers take less from the source. Empty goes '
+                        "by layer."
+                    ),
+                ),
+                io.String.Input(
+                    "steps",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        'The steps themselves, counted from 0, in place of start and end: "4-49" is the paper\'s of '
+                        "50. Fewer steps, and later ones, leave more to the prompt. Empty goes by start and end."
+                    ),
+                ),
+                io.Combo.Input(
+                    "reads",
+                    options=[SOURCE, JOINT],
+                    default=SOURCE,
+                    optional=True,
+                    tooltip=(
+                        'What the new picture reads. "source" is the paper\'s; "source and itself" reads its own '
+                        "features beside the source's, so that less is taken and more follows the prompt."
+                    ),
+                ),
             ],
             outputs=edit_outputs(),
             hidden=[io.Hidden.unique_id],
         )
-        schema.folded(node, "source_words", "target_words", "threshold")
+        schema.folded(node, "source_words", "target_words", "threshold", "layers", "steps", "reads")
         return schema.searchable(node, "masactrl", "consistent", "pose", "non-rigid", "mutual attention", "same object")
 
     @classmethod
     def execute(
         cls, model, clip, trajectory, source_prompt, target_prompt, start, end, layer, source_words="",
-        target_words="", threshold=0.1, source_mask=None, target_mask=None,
+        target_words="", threshold=0.1, source_mask=None, target_mask=None, layers="", steps="", reads=SOURCE,
     ):  # fmt: skip
+        chosen = read_layers(layers, "Attune Mutual Self-Attention", 0)
+        times = read_layers(steps, "Attune Mutual Self-Attention", 0, "steps")
+        if times and min(times) >= trajectory.steps:
+            raise ValueError(
+                f'The steps of Attune Mutual Self-Attention are "{steps}", but the trajectory has {trajectory.steps}, '
+                f"0 to {trajectory.steps - 1}; change steps there."
+            )
         references = sources_of(model, clip, trajectory, source_prompt, schema.node_id(cls))
         source, target = host.read_words(clip, source_prompt), host.read_words(clip, target_prompt)
         lies, goes = read_list(source_words), read_list(target_words)
@@ -290,9 +327,13 @@ class AttuneMutualSelfAttention(io.ComfyNode):
             target_mask=target_mask,
             finder=Watch(words, reference=name, at_once=True) if lies or goes else None,
             threshold=threshold,
+            layers=chosen,
+            steps=times,
+            joint=reads == JOINT,
         )
-        host.check_layers(model, [layer], "layer", "Attune Mutual Self-Attention")
-        warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
+        said = "layer" if chosen is None else "layers"
+        host.check_layers(model, chosen or [layer], said, "Attune Mutual Self-Attention")
+        warn_of_early_layer(model, min(chosen or [layer]), said, schema.node_id(cls))
         text = text_of(clip, trajectory, target_prompt)
         if lies or goes:
             host.check_length(target, text)
@@ -393,11 +434,32 @@ class AttuneContextPreserving(io.ComfyNode):
                     optional=True,
                     tooltip="From Attune Mask Refinement: the target mask then follows the object while it is drawn.",
                 ),
+                io.Boolean.Input(
+                    "preservation",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "The paper's preservation adaptation: what lies outside the mask reads the source's "
+                        "background. Off, only the prompt is held to the mask, and the rest of the picture changes "
+                        "with it."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "extraction",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "The paper's localized extraction: only the inside reads the prompt. Off, all of the picture "
+                        "reads it, so the background takes on some of what it says."
+                    ),
+                ),
             ],
             outputs=edit_outputs(),
             hidden=[io.Hidden.unique_id],
         )
-        schema.folded(node, "seed", "plain_draw", "object_start", "object_layer", "source_keys")
+        schema.folded(
+            node, "seed", "plain_draw", "object_start", "object_layer", "source_keys", "preservation", "extraction"
+        )
         return schema.searchable(
             node, "cpam", "keep background", "remove object", "replace object", "add object", "inpaint", "pose"
         )
@@ -405,7 +467,7 @@ class AttuneContextPreserving(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, trajectory, target_prompt, source_mask, keep_object, plain_share, seed, plain_draw,
-        object_start, object_layer, source_keys, target_mask=None, refinement=None,
+        object_start, object_layer, source_keys, target_mask=None, refinement=None, preservation=True, extraction=True,
     ):  # fmt: skip
         host.check_layers(model, [object_layer], "object_layer", "Attune Context Preserving")
         if keep_object:
@@ -435,6 +497,8 @@ class AttuneContextPreserving(io.ComfyNode):
             plain_every_step=plain_draw == EVERY,
             seed=seed,
             refinement=refinement and refinement.for_prompt(read),
+            preservation=preservation,
+            extraction=extraction,
         )
         reference = null_source(model, clip, trajectory, schema.node_id(cls))
         text = text_of(clip, trajectory, target_prompt)
