@@ -27,7 +27,8 @@ class ContextPreserving(Controller):
     ``keep_object``: inside ``keeping``, from the self-attention ``object_layer`` on, counted from 0, the inside reads
     the source's object: the tokens of ``object_keys``. ``plain_share`` of the layers (0..1) is plain attention,
     drawn with ``seed``, anew in each step where ``plain_every_step``. ``refinement`` finds the target mask anew
-    during sampling.
+    during sampling. ``preservation`` and ``extraction`` are the paper's two modules, adaptation of the self-attention
+    and localized extraction in the cross-attention; a module that is off leaves its attention alone (figure 4).
     """
 
     both_halves = True
@@ -44,6 +45,8 @@ class ContextPreserving(Controller):
     plain_every_step: bool = True
     seed: int = 0
     refinement: Refinement | None = None
+    preservation: bool = True
+    extraction: bool = True
 
     @property
     def reads(self):
@@ -61,7 +64,9 @@ class ContextPreserving(Controller):
     def edits(self, place):
         if self.refinement is None and not self.keep_object and self.target_mask.full:
             return False
-        return place.kind == "cross" or not self.is_plain(place)
+        if place.kind == "cross":
+            return self.extraction
+        return self.preservation and not self.is_plain(place)
 
     def is_plain(self, place):
         """Whether this self-attention layer is one of those that are left alone."""

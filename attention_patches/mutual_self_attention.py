@@ -6,21 +6,26 @@ layers are the target's own, where its layout comes from. With masks, the object
 the rest. It costs one UNet row a step, or two where the source has a caption.
 
 Paper: Cao et al., "MasaCtrl: Tuning-Free Mutual Self-Attention Control for Consistent Image Synthesis and Editing",
-sections 3.2 and 3.3; step 4 of 50 and layer 10 of 16 are its defaults.
+sections 3.2 and 3.3; step 4 of 50 and layer 10 of 16 are its defaults. Lists of layers and steps, and keys and values
+of source and target side by side ("union"), are choices of the authors' code.
 """
 
 from dataclasses import dataclass
 
+import torch
+
 from .controller import NULL, Controller
 from .maps import stretch
 from .masks import HALF, Mask, Part, attend_parts
-from .values import Window
+from .values import QKV, Window
 from .watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MutualSelfAttention(Controller):
-    """Inside ``window``, from the self-attention ``layer`` on, counted from 0.
+    """Inside ``window``, from the self-attention ``layer`` on, counted from 0; or in just the ``layers`` and ``steps``,
+    sets counted from 0, where they are given. With ``joint`` each half reads the target's own keys and values beside
+    the source's.
 
     ``source_mask`` and ``target_mask`` tell the object from the rest; where one is None, ``finder`` finds it in each
     step from the words' cross-attention in the layers so far, at ``threshold`` between least and greatest. Without
@@ -37,6 +42,9 @@ class MutualSelfAttention(Controller):
     target_mask: Mask | None = None
     finder: Watch | None = None
     threshold: float = 0.1
+    layers: frozenset | None = None
+    steps: frozenset | None = None
+    joint: bool = False
 
     @property
     def reads(self):
@@ -44,7 +52,8 @@ class MutualSelfAttention(Controller):
 
     @property
     def watch(self):
-        return self.finder if self.window.start < self.window.end else None
+        acts = self.window.start < self.window.end if self.steps is None else self.steps
+        return self.finder if acts else None
 
     @property
     def masks(self):
@@ -52,16 +61,25 @@ class MutualSelfAttention(Controller):
         return tuple((f"{name} of Attune Mutual Self-Attention", m.pixels) for name, m in both if m is not None)
 
     def edits(self, place):
-        inside = self.window.contains(place.step, place.steps)
-        return place.kind == "self" and place.number >= self.layer and inside
+        layer = place.number >= self.layer if self.layers is None else place.number in self.layers
+        step = self.window.contains(place.step, place.steps) if self.steps is None else place.step in self.steps
+        return place.kind == "self" and layer and step
 
     def self_output(self, place, own, references, attend, seen):
         source = references[NULL if place.negative else self.reference]
         lies, goes = self._masks(seen)
+        if self.joint:
+            source = QKV(own.q, torch.cat([source.k, own.k], 1), torch.cat([source.v, own.v], 1))
         if lies is None or goes is None:
             return attend(own.q, source.k, source.v)
         lies, goes = lies.on(place) >= HALF, goes.on(place)
-        return attend_parts(attend, own, [Part(goes, lies, source), Part(1 - goes, ~lies, source)])
+        figure, ground = lies, ~lies
+        if self.joint:
+            drawn = goes >= HALF
+            rows = max(len(lies), len(drawn))
+            lies, drawn = lies.expand(rows, -1), drawn.expand(rows, -1)
+            figure, ground = torch.cat([lies, drawn], 1), torch.cat([~lies, ~drawn], 1)
+        return attend_parts(attend, own, [Part(goes, figure, source), Part(1 - goes, ground, source)])
 
     def _masks(self, seen):
         """Where the object lies in the source and goes in the target; None where nothing has been seen yet."""

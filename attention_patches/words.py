@@ -258,22 +258,27 @@ def read_stretches(text, where="it on the Attune node"):
     return _read_pairs(text, read, 'a word and its share of the steps, such as "red: 0.4" or "red: 0.1-0.6"', where)
 
 
-def read_layers(text, where="the Attune node"):
-    """Layer numbers from 0 of "4-14" or "4, 6-9", which count from 1; None for no text. Raises ValueError; ``where``
-    says what to change then."""
+def read_numbers(text, where="it on the Attune node", start=0):
+    """The numbers of "4-14" or "4, 6-9", which count from ``start``, as numbers from 0; None for no text. Raises
+    ValueError; ``where`` says what to change then."""
     if not text.strip():
         return None
-    layers = set()
+    numbers = set()
     for part in re.split(r"[,\s]+", text.strip().strip(",")):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-        if not 1 <= first <= last:
+        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (-1, -1)
+        if not start <= first <= last:
             raise ValueError(
-                f'The layers are "{text}", but numbers from 1 on and stretches of them are needed, such as "4-14" or '
-                f'"4, 6-9"; change {where}.'
+                f'"{text}" is no list of numbers from {start} on and stretches of them, such as "4-14" or "4, 6-9"; '
+                f"change {where}."
             )
-        layers |= set(range(first - 1, last))
-    return frozenset(layers)
+        numbers |= set(range(first - start, last - start + 1))
+    return frozenset(numbers)
+
+
+def read_layers(text, where="it on the Attune node"):
+    """Layer numbers from 0 of "4-14" or "4, 6-9", which count from 1; as :func:`read_numbers`."""
+    return read_numbers(text, where, start=1)
 
 
 def read_braces(text, where="the Attune node"):

@@ -3,9 +3,11 @@
 Same weights, same noise, same choices on both sides: what the pack's nodes and the stock sampler draw, and what the
 plain implementations draw, which are written from the papers' equations on diffusers and transformers and share no code
 with the pack (:mod:`reference`, :mod:`reference_p2p`, :mod:`reference_self`, :mod:`reference_tokens`,
-:mod:`reference_fusion`, :mod:`reference_preserving`). A row holds where the two lie no further apart than its bound,
-which must itself be far below what the method changes. Rows about departures hold where the pack is as the paper has it
-and not as its code does.
+:mod:`reference_fusion`, :mod:`reference_preserving`, :mod:`reference_regions`). A row holds where the two lie no
+further apart than its bound, which must itself be far below what the method changes. Rows about departures hold where
+the pack is as the paper has it and not as its code does. Rows about choices are of what the pack does otherwise than
+the paper: they hold where the plain implementation, told the same, draws the same, and say how far that is from the
+paper's own.
 
 The table is printed and written to benchmark/FAITHFULNESS.md; with ``--only`` it is printed. The exit code is 1 where a
 row does not hold.
@@ -47,6 +49,7 @@ from . import editing_parity, families_parity, inversion, reference, reference_p
 from . import fusion as fusion_bench
 from . import reference_fusion as masa
 from . import reference_preserving as cpam
+from . import reference_regions as regional
 from . import reference_tokens as dpl
 from .inversion import GRIDS, LEVELS, relative
 
@@ -313,6 +316,8 @@ WHY = {
     "a mask between the pixels that are looked at": "the same: a thin mask would be lost",
     "an object with nothing to read": "the authors' code then reads all keys alike, a blur; here a query reads its own "
     "row",
+    "a source mask between black and white": "in the authors' code keys between 0 and 1 belong to both object and "
+    "background, with the value added to their scores; here they belong to the object from 0.5 on",
 }
 
 
@@ -351,6 +356,46 @@ def edits(sides, module, by):
         Check(*source_of(case), f"{name} ({case})", functools.partial(departure, case), departs=WHY[name])
         for name, case in module.QUIRKS.items()
     ]
+
+
+def choices(sides):
+    """What Free-Prompt-Editing's defaults do otherwise than its paper."""
+
+    def measure(name, changed, number):
+        case = self_parity.cases(sides.scenes[number])[name]
+        trajectory = sides.trajectory(case, number)
+        paper = replace(case, changed=tuple((case.settings | changed).items()))
+        theirs, own = (sides.theirs(one, trajectory)[1] for one in (case, paper))
+        return relative(sides.ours(case, trajectory), theirs), relative(own, theirs)
+
+    def free_row(number):
+        case = self_parity.cases(sides.scenes[number])["FPE"]
+        trajectory = sides.trajectory(case, number)
+        theirs, own = (sides.theirs(case, trajectory, pinned=pinned)[1] for pinned in (True, False))
+        return relative(sides.ours(case, trajectory), theirs), relative(own, theirs)
+
+    method, paper = PAPERS["FPE"]
+    return [
+        Check(
+            method, paper, "steps", functools.partial(measure, "FPE", {"end": 1.0}),
+            printed=True,
+            departs="the algorithms have every step; the default is until 0.8, as the authors' code has it for real "
+            "pictures (end 1 is the algorithms')",
+        ),
+        Check(
+            method, "Liu et al. 2024, section 3.5", "layers",
+            functools.partial(measure, "FPE, at most 64 tokens", {"layers": "4-14"}),
+            printed=True,
+            departs="the paper names layers 4 to 14; the default is the authors' code's rule of tokens, which makes "
+            "them 3 to 13 (layers \"4-14\" is the paper's)",
+        ),
+        Check(
+            method, "Liu et al. 2024, algorithm 2", "source row on a real picture", free_row,
+            printed=True,
+            departs="the algorithm draws it from the noise; here it is pinned to its trajectory, as the authors' code "
+            "does",
+        ),
+    ]  # fmt: skip
 
 
 def other_families():
@@ -850,6 +895,8 @@ class Preserving:
     plain: float = 0.1
     printed: bool = False  # the object's keys are the target mask's, as equation 2 prints it
     refined: bool = False
+    preserve: bool = True
+    extract: bool = True
 
 
 PRESERVING = {
@@ -863,6 +910,11 @@ PRESERVING = {
     "removal": Preserving("section 3.5 and appendix A.1", target="empty"),
     "background": Preserving("section 3.5 and appendix A.1", source="around", target="around"),
     "mask refinement": Preserving("section 3.5, mask refinement", source="loose", refined=True),
+    "without localized extraction": Preserving("figure 4", keep=True, extract=False),
+    "without preservation adaptation": Preserving("figure 4", keep=True, preserve=False),
+    "mask refinement without localized extraction": Preserving(
+        "section 3.5 and figure 4", source="loose", refined=True, extract=False
+    ),
 }  # fmt: skip
 
 
@@ -891,7 +943,8 @@ def preserving(sides):
         keys = self_attention.BY_TARGET if given.printed else self_attention.BY_SOURCE
         model, positive = call(
             self_attention.AttuneContextPreserving, bench.model, bench.clip, trajectory, caption, source, given.keep,
-            given.plain, number, self_attention.EVERY, FIRST, 9, keys, target, refinement,
+            given.plain, number, self_attention.EVERY, FIRST, 9, keys, target, refinement, given.preserve,
+            given.extract,
         )  # fmt: skip
         drawn = sides.sample(model, positive, sides.empty, trajectory)
         found = refinement and refinement.log.masks(drawn["samples"])
@@ -906,11 +959,16 @@ def preserving(sides):
         settings = cpam.Settings(
             source[0], target[0], (target if given.printed else source)[0], given.keep, int(FIRST * bench.steps), 9,
             frozenset(chance), tuple(prompt.columns(shape)) if given.refined else (), int(AFTER * bench.steps),
+            preserve=given.preserve, extract=given.extract,
         )  # fmt: skip
         path, null = sides.whole(trajectory), sides.empty[0][0]
         drawing = prompt.embedding, null, bench.guidance, bench.steps
-        theirs, masks = cpam.draw(sides.network, GRIDS[host.HOST_GRID], path, *drawing, settings)
-        return host.to_model_scale(bench.model, drawn["samples"]), theirs[-1], plain(caption, number), found, masks
+
+        def theirs(**changes):
+            return cpam.draw(sides.network, GRIDS[host.HOST_GRID], path, *drawing, replace(settings, **changes))
+
+        ours, (latents, masks) = host.to_model_scale(bench.model, drawn["samples"]), theirs()
+        return ours, latents[-1], plain(caption, number), found, masks, theirs, target[0]
 
     @functools.cache
     def plain(caption, number):
@@ -920,11 +978,16 @@ def preserving(sides):
         return self_parity.paper.draw(sides.network, GRIDS[host.HOST_GRID], noise, *texts, *settings)[-1][1:]
 
     def latents(name, number):
-        ours, theirs, without, _, _ = both(name, number)
+        ours, theirs, without, *_ = both(name, number)
         return relative(ours, theirs), relative(without, theirs)
 
+    def choice(changed, number):
+        """Beside the paper's own, of which ``changed`` gives the settings by the target mask."""
+        ours, theirs, _, _, _, draw, target = both("object preserved", number)
+        return relative(ours, theirs), relative(draw(**changed(target))[0][-1], theirs)
+
     def found_masks(number):
-        _, _, _, ours, theirs = both("mask refinement", number)
+        _, _, _, ours, theirs, *_ = both("mask refinement", number)
         theirs = torch.stack(theirs[max(1, int(AFTER * bench.steps)) :])
         if len(ours.masks) != len(theirs):
             return math.inf, 0.0  # one of them began in another step
@@ -936,6 +999,63 @@ def preserving(sides):
             for name, given in PRESERVING.items()
         ),
         Check(CPAM, "section 3.5, mask refinement", "the masks of every step", found_masks, 0.0),
+        Check(
+            CPAM, "section 3.3, equation 2", "the object's keys",
+            functools.partial(choice, lambda target: {"object_": target}),
+            printed=True,
+            departs="printed are the target mask's, which are the object's only where it stays; here they are the "
+            "source mask's (source_keys offers both)",
+        ),
+        Check(
+            CPAM, "section 3.3, equation 2", f"when the object is read from on, of {bench.steps} steps",
+            functools.partial(choice, lambda _: {"first": 4}),
+            printed=True,
+            departs="printed is step 3, of how many is not said; here it is the share of the steps that step 3 is of "
+            "50 (object_start)",
+        ),
+    ]  # fmt: skip
+
+
+# ---- region prompts ----------------------------------------------------------------------------------------------
+
+
+def regions(sides):
+    """A prompt for each object and one for the rest, from the noise of the inverted picture."""
+    bench = sides.bench
+
+    def masks(kind, number):
+        """Two regions (H, W) in 0..1."""
+        if kind == "two regions and the rest":
+            return list((sides.masks[number][:2] > 0.5).float())
+        size = sides.masks[number].shape[-2:]
+        ramp = torch.linspace(-0.2, 1.2, size[1]).clamp(0, 1).expand(size)
+        if kind == "soft borders":
+            return [ramp, 0.7 * ramp.flip(-1).T]
+        return [(ramp > 0.3).float(), (ramp.T > 0.4).float()]  # overlapping
+
+    def latents(kind, number):
+        scene = sides.scenes[number]
+        things = [f"a {thing.color} {thing.shape}" for thing in scene.things]
+        prompts = f"a {scene.background} background", *reversed(things)
+        given = masks(kind, number)
+        settings = *prompts, "", "", *(mask[None] for mask in given)
+        model, positive = call(self_attention.AttuneRegionPrompts, bench.model, bench.clip, *settings)
+        trajectory = sides.invert(number, "", host.HOST_GRID, False)
+        drawn = sides.sample(model, positive, sides.empty, trajectory)
+        ours = host.to_model_scale(bench.model, drawn["samples"])
+        texts = [sides.prompt(text).embedding for text in prompts]
+        start, null = sides.plain(trajectory)[0], sides.empty[0][0]
+
+        def theirs(where):
+            settings = GRIDS[host.HOST_GRID], start, texts, where, null, bench.guidance, bench.steps
+            return regional.draw(sides.network, *settings)[len(trajectory.latents) - 1]
+
+        found = theirs(given)
+        return relative(ours, found), relative(theirs([torch.zeros_like(mask) for mask in given]), found)
+
+    return [
+        Check("Region Prompts", "CPAM, section 3.1", f"last latents: {kind}", functools.partial(latents, kind))
+        for kind in ("two regions and the rest", "soft borders", "overlapping regions")
     ]
 
 
@@ -1065,6 +1185,8 @@ def checks(sides):
         *learned_words(sides),
         *masked_fusion(sides),
         *preserving(sides),
+        *regions(sides),
+        *choices(sides),
     ]
 
 

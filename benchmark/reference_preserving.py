@@ -23,7 +23,8 @@ class Settings:
     With ``keep`` the inside reads the object from step ``first`` and layer ``layer`` on. ``plain`` holds the (step,
     layer) of the self-attention layers that are left alone. ``words``, columns of the target prompt, find the target
     mask anew from step ``refined`` on: where their map stands ``threshold`` standard deviations above its mean, and
-    ``grow`` tokens around.
+    ``grow`` tokens around. Without ``preserve`` the self-attention is left alone, and without ``extract`` all of the
+    picture reads the prompt, as in figure 4.
     """
 
     source: torch.Tensor
@@ -37,6 +38,8 @@ class Settings:
     refined: int = 0
     threshold: float = 1.0
     grow: int = 1
+    preserve: bool = True
+    extract: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +57,7 @@ class _Half(Plain):
     def self_attention(self, layer, q, k, v, scale):
         """Preservation adaptation, equations 1 to 3."""
         given, own = self.settings, attend(q, k, v, scale)
-        if (self.step, layer) in given.plain:
+        if not given.preserve or (self.step, layer) in given.plain:
             return own
         theirs, inside = self.source.own[layer][1:], self._on(self.target, len(q[0]))[:, None]
 
@@ -72,6 +75,8 @@ class _Half(Plain):
         tokens = len(q[0])
         inside, p = self._on(self.target, tokens)[:, None], (q @ k.transpose(-1, -2) * scale).softmax(-1)
         self.seen.append((tokens, p.mean(0)[:, list(self.settings.words)].sum(-1)))
+        if not self.settings.extract:
+            return p @ v
         return inside * (p @ v) + (1 - inside) * attend(q, *self.source.text[layer], scale)
 
     def _on(self, mask, tokens):

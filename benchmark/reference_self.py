@@ -54,13 +54,16 @@ class FreePrompt(Nothing):
 @dataclass(frozen=True, eq=False)
 class Mutual(Nothing):
     """The target's queries read the source's keys and values, each guidance half its own, in ``steps`` (the first, one
-    past the last) and from layer ``layer`` on.
+    past the last) and from layer ``layer`` on, or in the ``layers`` and the steps ``listed`` where those are given, as
+    the authors' code takes them. With ``union`` they read the target's own keys and values beside them: that class of
+    the authors' code stops with an error, so this is as it says of itself.
 
     With ``source`` and ``target`` the object's queries read the object's keys and the others the rest: each is a mask
     (h, w) in 0..1, or columns of words, whose cross-attention of the step so far makes one, above ``threshold``.
     A mask reaches a level by its greatest value under each token, of which a key needs 0.5; queries that have no key
     to read attend to their own row, as without an edit. With ``quirk`` it is as in the authors' code: a mask reaches a
-    level by the value in a token's corner, so that thin ones are lost, and queries without keys read all keys alike.
+    level by the value in a token's corner, so that thin ones are lost, queries without keys read all keys alike, and a
+    key whose value is neither 0 nor 1 is read by both parts, with the value added to its score.
     """
 
     steps: tuple
@@ -69,29 +72,41 @@ class Mutual(Nothing):
     target: torch.Tensor | tuple | None = None
     threshold: float = 0.1
     quirk: bool = False
+    layers: tuple | None = None
+    listed: tuple | None = None
+    union: bool = False
 
     def self_attention(self, run, q, k, v, scale):
         out = _map(q, k, scale) @ v
-        if run.layer >= self.layer and self.steps[0] <= run.step < self.steps[1]:
+        here = run.layer >= self.layer if self.layers is None else run.layer in self.layers
+        now = self.steps[0] <= run.step < self.steps[1] if self.listed is None else run.step in self.listed
+        if here and now:
             for source, target in HALVES:
-                scores = q[target] @ k[source].transpose(-1, -2) * scale
-                out[target] = self._read(run, scores, v[source], out[target].clone())
+                keys, values = k[source], v[source]
+                if self.union:
+                    keys, values = (torch.cat([x[source], x[target]], 1) for x in (k, v))
+                scores = q[target] @ keys.transpose(-1, -2) * scale
+                out[target] = self._read(run, scores, values, out[target].clone())
         return out
 
     def _read(self, run, scores, values, plain):
-        """(H, N, D) that one half's target reads with ``scores`` (H, N, N) from the source's values (H, N, D);
-        ``plain`` is what it would put out by itself.
+        """(H, N, D) that one half's target reads with ``scores`` (H, N, M) from the values (H, M, D); ``plain`` is what
+        it would put out by itself. M is N, or, in a union, 2 N, the source's first.
         """
         if self.source is None:
             return scores.softmax(-1) @ values
         size = run.grid(scores.shape[1])
-        keys = self._mask(run, self.source, COND_SOURCE, size) >= 0.5
-        weight = self._mask(run, self.target, COND_TARGET, size)[:, None]
-        inside, outside = (self.among(scores, values, which, plain) for which in (keys, ~keys))
-        return weight * inside + (1 - weight) * outside
+        lies = self._mask(run, self.source, COND_SOURCE, size)
+        weight = self._mask(run, self.target, COND_TARGET, size)
+        if self.quirk:
+            inside, outside = (self.among(scores + lies, values, which, plain) for which in (lies != 0, lies != 1))
+        else:
+            keys = (torch.cat([lies, weight]) if self.union else lies) >= 0.5
+            inside, outside = (self.among(scores, values, which, plain) for which in (keys, ~keys))
+        return weight[:, None] * inside + (1 - weight[:, None]) * outside
 
     def among(self, scores, values, keys, plain):
-        """What is read of the ``keys`` (N,) bool alone."""
+        """What is read of the ``keys`` (M,) bool alone."""
         if self.quirk:  # beside a number's least value a score is nothing, so that none stands out where all have it
             return (scores + torch.finfo(scores.dtype).min * ~keys).softmax(-1) @ values
         return scores.masked_fill(~keys, -torch.inf).softmax(-1) @ values if keys.any() else plain

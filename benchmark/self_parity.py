@@ -35,7 +35,7 @@ DEFAULTS = {
     FPE: {"start": 0.0, "end": 0.8, "token_limit": 1024, "layers": ""},
     MUTUAL: {
         "start": 0.08, "end": 1.0, "layer": 10, "source_words": "", "target_words": "", "threshold": 0.1,
-        "source_mask": None, "target_mask": None,
+        "source_mask": None, "target_mask": None, "layers": "", "steps": "", "reads": self_attention.SOURCE,
     },
 }  # fmt: skip
 log = logging.getLogger("attune.bench")
@@ -78,7 +78,10 @@ def cases(scene):
     def mutual(picture=REAL, size=(16, 16), **changed):
         return Case(MUTUAL, shaped, tuple(changed.items()), "" if picture == REAL else source, picture, size=size)
 
+    gray = torch.full_like(thin, 0.4)
+    gray[..., :64] = 0.6  # tokens of one value each at every level
     words = {"source_words": thing.shape, "target_words": shape}
+    union = {"reads": self_attention.JOINT}
     return {
         "FPE": fpe(),
         "FPE, at most 64 tokens": fpe(token_limit=64),
@@ -100,6 +103,11 @@ def cases(scene):
         "MasaCtrl, wide picture, masks": mutual(DRAWN, (16, 24), source_mask=soft[0], target_mask=soft[1]),
         "MasaCtrl, wide picture, masks of words": mutual(DRAWN, (16, 24), **words),
         "MasaCtrl, source mask, target words": mutual(source_mask=hard[0], target_words=shape, threshold=0.3),
+        "MasaCtrl, chosen layers and steps": mutual(layers="6, 10-12", steps="1, 3-99"),
+        "MasaCtrl, union": mutual(**union),
+        "MasaCtrl, union, masks": mutual(source_mask=hard[0], target_mask=hard[1], **union),
+        "MasaCtrl, drawn picture, union, masks of words": mutual(DRAWN, **words, **union),
+        "MasaCtrl, a source mask of grays": mutual(source_mask=gray, target_mask=hard[1]),
     }
 
 
@@ -166,13 +174,15 @@ class Sides(editing_parity.Sides):
                 (given["target_mask"], case.target, given["target_words"]),
             )
         ]
-        return paper.Mutual(steps, given["layer"], *objects, given["threshold"], quirk)
+        lists = (numbers(given[name], 0) for name in ("layers", "steps"))
+        union = given["reads"] == self_attention.JOINT
+        return paper.Mutual(steps, given["layer"], *objects, given["threshold"], quirk, *lists, union)
 
 
-def numbers(text):
-    """Layers counted from 0, of numbers counted from 1 such as "4-9, 12"; None for none."""
+def numbers(text, start=1):
+    """Layers counted from 0, of numbers counted from ``start`` such as "4-9, 12"; None for none."""
     spans = [part.split("-") for part in text.split(",") if part.strip()]
-    found = [n - 1 for span in spans for n in range(int(span[0]), int(span[-1]) + 1)]
+    found = [n - start for span in spans for n in range(int(span[0]), int(span[-1]) + 1)]
     return tuple(found) or None
 
 
@@ -206,6 +216,7 @@ QUIRKS = {
     "masks of words at coarser levels": "MasaCtrl, drawn picture, masks of words",
     "a mask between the pixels that are looked at": "MasaCtrl, a thin mask",
     "an object with nothing to read": "MasaCtrl, an empty source mask",
+    "a source mask between black and white": "MasaCtrl, a source mask of grays",
 }
 
 

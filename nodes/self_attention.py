@@ -15,7 +15,7 @@ from ..attention_patches.reference import Reference
 from ..attention_patches.region_prompts import RegionPrompts
 from ..attention_patches.values import Window
 from ..attention_patches.watch import Watch, WatchedWords
-from ..attention_patches.words import read_layers, read_list
+from ..attention_patches.words import read_layers, read_list, read_numbers
 from . import schema
 from .edit import (
     check_model,
@@ -34,6 +34,7 @@ from .edit import (
 TARGET = "a blue circle on a gray background"
 EVERY, ONCE = "every step and layer", "once for all steps"
 BY_SOURCE, BY_TARGET = "source mask", "target mask"
+SOURCE, JOINT = "source", "source and itself"
 
 
 # ---- what they share ---------------------------------------------------------------------------------------------
@@ -207,18 +208,54 @@ class AttuneMutualSelfAttention(io.ComfyNode):
                     optional=True,
                     tooltip="White where the object goes in the new picture; without it, where it lay.",
                 ),
+                io.String.Input(
+                    "layers",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        'The layers themselves, counted from 0, in place of layer: "10-15" is the paper\'s in Stable '
+                        'Diffusion 1.x, "8, 10-12" any other. Fewer layers take less from the source. Empty goes '
+                        "by layer."
+                    ),
+                ),
+                io.String.Input(
+                    "steps",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        'The steps themselves, counted from 0, in place of start and end: "4-49" is the paper\'s of '
+                        "50. Fewer steps, and later ones, leave more to the prompt. Empty goes by start and end."
+                    ),
+                ),
+                io.Combo.Input(
+                    "reads",
+                    options=[SOURCE, JOINT],
+                    default=SOURCE,
+                    optional=True,
+                    tooltip=(
+                        'What the new picture reads. "source" is the paper\'s; "source and itself" reads its own '
+                        "features beside the source's, so that less is taken and more follows the prompt."
+                    ),
+                ),
             ],
             outputs=edit_outputs(),
             hidden=[io.Hidden.unique_id],
         )
-        schema.folded(node, "source_words", "target_words", "threshold")
+        schema.folded(node, "source_words", "target_words", "threshold", "layers", "steps", "reads")
         return schema.searchable(node, "masactrl", "consistent", "pose", "non-rigid", "mutual attention", "same object")
 
     @classmethod
     def execute(
         cls, model, clip, trajectory, source_prompt, target_prompt, start, end, layer, source_words="",
-        target_words="", threshold=0.1, source_mask=None, target_mask=None,
+        target_words="", threshold=0.1, source_mask=None, target_mask=None, layers="", steps="", reads=SOURCE,
     ):  # fmt: skip
+        chosen = read_numbers(layers, "layers on Attune Mutual Self-Attention")
+        times = read_numbers(steps, "steps on Attune Mutual Self-Attention")
+        if times and min(times) >= trajectory.steps:
+            raise ValueError(
+                f'The steps of Attune Mutual Self-Attention are "{steps}", but the trajectory has {trajectory.steps}, '
+                f"0 to {trajectory.steps - 1}; change steps there."
+            )
         references = sources_of(model, clip, trajectory, source_prompt, schema.node_id(cls))
         source, target = host.read_words(clip, source_prompt), host.read_words(clip, target_prompt)
         lies, goes = read_list(source_words), read_list(target_words)
@@ -272,9 +309,13 @@ class AttuneMutualSelfAttention(io.ComfyNode):
             target_mask=target_mask,
             finder=Watch(words, reference=name, at_once=True) if lies or goes else None,
             threshold=threshold,
+            layers=chosen,
+            steps=times,
+            joint=reads == JOINT,
         )
-        host.check_layers(model, [layer], "layer", "Attune Mutual Self-Attention")
-        warn_of_early_layer(model, layer, "layer", schema.node_id(cls))
+        said = "layer" if chosen is None else "layers"
+        host.check_layers(model, chosen or [layer], said, "Attune Mutual Self-Attention")
+        warn_of_early_layer(model, min(chosen or [layer]), said, schema.node_id(cls))
         text = text_of(clip, trajectory, target_prompt)
         if lies or goes:
             host.check_length(target, text)
@@ -375,11 +416,32 @@ class AttuneContextPreserving(io.ComfyNode):
                     optional=True,
                     tooltip="From Attune Mask Refinement: the target mask then follows the object while it is drawn.",
                 ),
+                io.Boolean.Input(
+                    "preservation",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "The paper's preservation adaptation: what lies outside the mask reads the source's "
+                        "background. Off, only the prompt is held to the mask, and the rest of the picture changes "
+                        "with it."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "extraction",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "The paper's localized extraction: only the inside reads the prompt. Off, all of the picture "
+                        "reads it, so the background takes on some of what it says."
+                    ),
+                ),
             ],
             outputs=edit_outputs(),
             hidden=[io.Hidden.unique_id],
         )
-        schema.folded(node, "seed", "plain_draw", "object_start", "object_layer", "source_keys")
+        schema.folded(
+            node, "seed", "plain_draw", "object_start", "object_layer", "source_keys", "preservation", "extraction"
+        )
         return schema.searchable(
             node, "cpam", "keep background", "remove object", "replace object", "add object", "inpaint", "pose"
         )
@@ -387,7 +449,7 @@ class AttuneContextPreserving(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, trajectory, target_prompt, source_mask, keep_object, plain_share, seed, plain_draw,
-        object_start, object_layer, source_keys, target_mask=None, refinement=None,
+        object_start, object_layer, source_keys, target_mask=None, refinement=None, preservation=True, extraction=True,
     ):  # fmt: skip
         host.check_layers(model, [object_layer], "object_layer", "Attune Context Preserving")
         if keep_object:
@@ -417,6 +479,8 @@ class AttuneContextPreserving(io.ComfyNode):
             plain_every_step=plain_draw == EVERY,
             seed=seed,
             refinement=refinement and refinement.for_prompt(read),
+            preservation=preservation,
+            extraction=extraction,
         )
         reference = null_source(model, clip, trajectory, schema.node_id(cls))
         text = text_of(clip, trajectory, target_prompt)

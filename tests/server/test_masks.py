@@ -137,7 +137,7 @@ CASES = {
     "a layer that is not there": (MASKED, change(MUTUAL, layer=16), MUTUAL, "go to 16, but the MODEL has 16 layers"),
     "an object layer that is not there": (REPLACE, change(KEEP, object_layer=70), KEEP, "go to 70, but the MODEL has"),
     "layers that are not there": (LAYOUT, change(FPE, layers="4-40"), FPE, "go to 40, but the MODEL has 16 layers of"),
-    "layers from the wrong end": (LAYOUT, change(FPE, layers="9-4"), FPE, 'The layers are "9-4", but Attune Free'),
+    "layers from the wrong end": (LAYOUT, change(FPE, layers="9-4"), FPE, '"9-4" is no list of numbers from 1 on'),
     "a reversed window": (LAYOUT, change(FPE, start=0.8, end=0.2), FPE, "start to end is 0.8 to 0.2, but it needs"),
     "a reversed window of reading": (MASKED, change(MUTUAL, start=1.0, end=0.5), MUTUAL, "start to end is 1 to 0.5"),
     "an unknown goal": (REPLACE, change(STRATEGY, goal="move"), STRATEGY, 'goal of Attune Mask Strategy is "move"'),
