@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+import nodes as stock
 from attune.inversion import host as runs
 from attune.nodes.cache import AttuneFeatureCache
+from attune.nodes.edit import AttunePromptSwap
 from attune.nodes.invert import GRIDS, LEVELS, AttuneDDIMInversion
 from attune.nodes.self_attention import AttuneRegionPrompts
 
@@ -169,3 +171,25 @@ def test_a_call_that_forgets_what_its_rows_are_is_refused(frames):
     model, positive = prompt_swap(frames, 1)
     with pytest.raises(ValueError, match="the Attune edit would be lost"):
         frames.sample(wrapped(model, forget), positive)
+
+
+# ---- several targets of one source -------------------------------------------------------------------------------
+
+
+def test_a_target_for_each_picture(frames):
+    """The authors' code draws several targets of one source in one batch. Here edits in a row, each with its positive
+    set to a mask that is white for its own picture, draw what a sampling for each target draws."""
+    noise = {"samples": frames.noise["samples"][:1].repeat(FRAMES, 1, 1, 1)}
+    one = frames.but(trajectory=replace(frames.trajectory, latents=frames.trajectory.latents[:, :1]), noise=noise)
+    targets = [SOURCE.replace("red", color) for color in ("yellow", "green", "white", "black")]
+    model, positive, alone = one.model, [], []
+    for picture, target in enumerate(targets):
+        swap = one.trajectory, SOURCE, target, 0.0, 0.8, 0.0, 0.4, 1024
+        alone.append(one.sample(*outputs(AttunePromptSwap, one.model, one.clip, *swap))[picture])
+        model, text = outputs(AttunePromptSwap, model, one.clip, *swap)
+        mask = torch.zeros(FRAMES, 64, 64)
+        mask[picture] = 1
+        positive += outputs(stock.ConditioningSetMask, text, mask, "default", 1.0)[0]
+    alone = torch.stack(alone)
+    assert apart(alone[1:], alone[:1]) > 0.1  # targets that differ, or the test shows nothing
+    assert apart(one.sample(model, positive), alone) < 1e-4
