@@ -173,9 +173,8 @@ class Sides(self_parity.Sides):
     def learn_words(self, number):
         """(pack's progress, reference's four results, start vectors, null embedding) of Dynamic Prompt Learning."""
         scene, caption = self.scenes[number], self.caption(number)
-        prompt, nouns = self.nouns(number)
-        outside = torch.nn.functional.adaptive_max_pool2d(1 - self.masks[number].amax(0)[None], (16, 16))
-        outside = (outside.flatten() >= 0.5).float()
+        _, nouns = self.nouns(number)
+        outside = self.outside(number)
         trajectory = self.invert(number, caption, host.HOST_GRID, False)
         settings = dynamic_prompt.DynamicPrompt(inner=INNER, rate=WORD_RATE)
         nulls = null_text.NullText(self.bench.guidance, inner=INNER)
@@ -184,15 +183,34 @@ class Sides(self_parity.Sides):
             [self.masks[number]], trajectory, [outside.expand(len(nouns), -1)],
         )  # fmt: skip
         ours, _ = words.learn(self.bench, batch, settings, nulls)
+        null = self.empty[0][0].float()
+        theirs, start = self.plain_words(number), self.plain_encoder(number)[1]
+        return ours, theirs, start, null
+
+    def plain_encoder(self, number):
+        """The reference's text encoder with a placeholder for every piece of a noun, and their start vectors."""
+        prompt, nouns = self.nouns(number)
         ids = [prompt.ids[column] for columns in nouns for column in columns]
         encoder = dpl.Encoder(self.weights["text"], ids, HEADS)
-        start = encoder.table[list(encoder.placeholders)].clone()
-        settings = dpl.Settings(inner=INNER, rate=WORD_RATE, guidance=self.bench.guidance, null_inner=INNER)
+        return encoder, encoder.table[list(encoder.placeholders)].clone()
+
+    def plain_words(self, number, descent=False):
+        """The reference's four results."""
+        prompt, nouns = self.nouns(number)
+        outside = self.outside(number)
+        trajectory = self.invert(number, self.caption(number), host.HOST_GRID, False)
+        settings = dpl.Settings(
+            inner=INNER, rate=WORD_RATE, guidance=self.bench.guidance, null_inner=INNER, descent=descent
+        )
         path, null = self.whole(trajectory), self.empty[0][0].float()
         given = path, prompt.ids, nouns, outside, null, settings
         with torch.enable_grad():
-            theirs = dpl.learn(self.network, encoder, GRIDS[host.HOST_GRID], *given)
-        return ours, theirs, start, null
+            return dpl.learn(self.network, self.plain_encoder(number)[0], GRIDS[host.HOST_GRID], *given)
+
+    def outside(self, number):
+        """(256,): 1 where no noun may look."""
+        outside = torch.nn.functional.adaptive_max_pool2d(1 - self.masks[number].amax(0)[None], (16, 16))
+        return (outside.flatten() >= 0.5).float()
 
     def look(self, number):
         """(pack's mean cross-attention (T, N) and self-attention (N, N), the reference's) along an inversion."""
@@ -541,6 +559,17 @@ def inversions(sides):
         theirs = torch.stack(theirs)
         return furthest(ours - null, theirs - null), relative(ours, null.expand_as(ours))
 
+    def unscaled(number):
+        grid = host.HOST_GRID
+        trajectory = sides.invert(number, sides.caption(number), grid, False)
+        ours, null = sides.learn_nulls(number, grid).nulls, sides.empty[0][0].float()
+        texts = trajectory.conditioning[0][0].float(), null
+        given = sides.network, GRIDS[grid], sides.whole(trajectory), *texts, bench.guidance, INNER
+        with torch.enable_grad():
+            as_written = reference.null_text(*given, early_stop=False, scaled=False)[0]
+        pairs = sides.plain_nulls(number, grid)[0], as_written[: len(ours)]
+        return tuple(relative(ours - null, torch.stack(nulls) - null) for nulls in pairs)
+
     def end(grid, number):
         learned = sides.learn_nulls(number, grid)
         last = host.draw_again(bench.model, learned, negative_of(learned), bench.guidance)[-1]
@@ -601,6 +630,11 @@ def inversions(sides):
         found += [Check(*NULL, f"{what}: {grid}", *how) for what, how in compared.items()]
     return [
         *found,
+        Check(
+            *NULL, "updates over another number of steps than 50", unscaled, LEARNED,
+            departs="the authors' code takes 0.01 (1 - i / 100) at step i of its 50 steps, which is below 0 from "
+            "step 101 on; here i is the same share of 50, and of 50 steps both are the same",
+        ),
         Check(*DIRECT, "source branch, every step", functools.partial(direct, 1, 1.0), 0.0),
         Check(*DIRECT, "ablation: every third step, half of the way", functools.partial(direct, 3, 0.5)),
         Check(*NEGATIVE, "last latents of the guided run", negative),
@@ -650,6 +684,13 @@ def embedding_control(sides):
 
 DPL = "Dynamic Prompt Learning"
 PAPER = "Wang et al. 2023, "
+PRINTED_LOSSES = (
+    ("L_at", "equation 8", "the page takes the greatest value of the smoothed map itself; the authors' code, as here, "
+     "first has the maps, times 100, compete in a softmax of the 75 tokens"),
+    ("L_dj", "equation 6", "the page sums over all pairs in both orders; the authors' code, as here, takes the mean, "
+     "so that thresholds mean the same for any number of words"),
+    ("L_bg", "equation 7", "the page sums over the words; the authors' code, as here, takes the mean"),
+)  # fmt: skip
 
 
 def learned_words(sides):
@@ -704,6 +745,30 @@ def learned_words(sides):
         share = float(theirs.float().mean())
         return differ(ours[:: host.PIXELS, :: host.PIXELS] > 0.5, theirs), min(share, 1 - share)
 
+    def formula(which, number):
+        seen, (_, nouns) = sides.look(number)[2], sides.nouns(number)
+        outside = sides.outside(number)
+        at, grid = [tuple(columns) for columns in nouns], (16, 16)
+        given = dynamic_prompt.DynamicPrompt(), seen, at, outside.expand(len(at), -1), grid
+        ours = dynamic_prompt.losses(*given)[dynamic_prompt.LOSSES[which]]
+        theirs, printed = (how(seen, nouns, outside)[which] for how in (dpl.losses, dpl.printed_losses))
+        return abs(float(ours - theirs)), abs(float(printed - theirs))
+
+    def descent(number):
+        ours, (theirs, *_), start, null = sides.learn_words(number)
+        mine = torch.stack([next(iter(step.values()))[0] for step in ours.vectors])
+        printed = sides.plain_words(number, descent=True)[0]
+        theirs, printed = torch.stack(theirs), torch.stack(printed)
+        return relative(mine - start, theirs - start), relative(printed - start, theirs - start)
+
+    def reading(number):
+        ours, _, theirs, _ = sides.look(number)
+        trajectory = sides.invert(number, sides.caption(number), host.HOST_GRID, False)
+        text = trajectory.conditioning[0][0].float()
+        given = sides.network, GRIDS[host.HOST_GRID], sides.whole(trajectory), text
+        inverting = dpl.statistics(*given, inverting=True)[0]
+        return relative(ours, theirs), relative(ours, inverting)
+
     names = {
         dynamic_prompt.BALANCE: "L_at of every look", dynamic_prompt.DISJOINT: "L_dj of every look",
         dynamic_prompt.BACKGROUND: "L_bg of every look", "null-text": "null-text loss of every update",
@@ -720,7 +785,22 @@ def learned_words(sides):
         ),
         Check(DPL, PAPER + "equation 9, algorithm 1", "what every step's vectors learned", vectors, LEARNED),
         Check(DPL, PAPER + "algorithm 1", "what every step's null embedding learned", nulls, LEARNED),
-    ]
+        *(
+            Check(DPL, PAPER + equation, f"{name} of a picture's maps", functools.partial(formula, which), 1e-5,
+                  departs=why, printed=True)
+            for which, (name, equation, why) in enumerate(PRINTED_LOSSES)
+        ),
+        Check(
+            DPL, PAPER + "algorithm 1, line 13", "the update of the words", descent, LEARNED, printed=True,
+            departs="the page subtracts the gradient itself; the default is AdamW at the authors' code's rate, and the "
+            "page's is the optimizer gradient descent at a learning_rate of 1",
+        ),
+        Check(
+            DPL, PAPER + "equation 2, section 3.3", "cross-attention that the background is found by", reading,
+            departs="the authors' code reads the passes of its inversion, which ask each latent at the next level's "
+            "time; equation 2 asks each at its own, as here, and the code's is the choice statistics",
+        ),
+    ]  # fmt: skip
 
 
 # ---- MaSaFusion --------------------------------------------------------------------------------------------------
@@ -1160,6 +1240,11 @@ def formulas(sides):
         Check(DPL, PAPER + "equation 10", "thresholds of all 50 steps", thresholds, 1e-6, once=True),
         Check(*PAPERS["swap"], "where windows end, of 50 steps", shares, once=True,
               departs="0.58 of 50 steps is 29; the authors' code takes the whole part of 28.999..., one step less"),
+        Check(
+            DPL, PAPER + "equation 10", "which way thresholds go", thresholds, 1e-6, once=True, printed=True,
+            departs="the printed t counts down while drawing, so thresholds would loosen; the authors' code, as here, "
+            "counts up, so that they tighten",
+        ),
         *(
             Check(DPL, f"{PAPER}equation {equation}", f"{name} of random maps", functools.partial(three_losses, which),
                   1e-5, once=True)

@@ -104,12 +104,13 @@ def null_text(
     warm=True,
     early_stop=True,
     straightforward=False,
+    scaled=True,
 ):
     """The null embedding of every step that makes a guided run follow a trajectory (Mokady et al. 2023, algorithm 1).
 
     ``latents`` are S + 1 tensors (1, 4, h, w) as :func:`ddim_invert` returns them; ``cond`` and ``null`` (1, 77, width)
     are the embeddings of the caption and of "". The authors' code is written for S = 50, where step i has the rate
-    0.01 (1 - i/100); here i is the same share of 50 with another S.
+    0.01 (1 - i/100); here i is the same share of 50 with another S, or without ``scaled`` the step, as in the code.
     Each step takes up to ``inner`` >= 0 steps of a fresh Adam on the MSE between its DDIM step and the trajectory's
     next latent, and stops after the update whose loss, taken before it, was below ``epsilon`` + 2e-5 i, unless
     ``early_stop`` is off. ``warm`` starts a step from the one before, else from ``null``.
@@ -125,7 +126,7 @@ def null_text(
     z, e = latents[0], null
     nulls, losses = [], []
     for number, t in enumerate(ddim.timesteps.tolist()):
-        i = 50 * number / (len(latents) - 1)
+        i = 50 * number / (len(latents) - 1) if scaled else number
         e = (e if warm else null).detach().clone().requires_grad_()
         adam = torch.optim.Adam([e], lr=1e-2 * (1 - i / 100))
         losses.append([])

@@ -103,10 +103,13 @@ def level(maps, tokens):
 
 
 @torch.no_grad()
-def statistics(unet, kind, latents, text):
-    """The mean cross- and self-attention, as :func:`look` gives them, along S + 1 ``latents`` (1, 4, h, w)."""
+def statistics(unet, kind, latents, text, inverting=False):
+    """The mean cross- and self-attention, as :func:`look` gives them, along S + 1 ``latents`` (1, 4, h, w); with
+    ``inverting`` in the passes that the authors' inversion makes, of each latent at the next level's time."""
     ddim = reference.scheduler(kind, len(latents) - 1)
-    seen = [look(unet, z, t, text) for z, t in zip(latents, ddim.timesteps.tolist(), strict=False)]
+    seen = [
+        look(unet, z, t, text) for z, t in zip(latents[inverting:], ddim.timesteps.tolist(), strict=False)
+    ]  # fmt: skip
     return [torch.stack(maps).mean(0) for maps in zip(*seen, strict=True)]
 
 
@@ -161,6 +164,16 @@ def losses(maps, nouns, outside):
     return balance, sum(pairs) / len(pairs), sum(cosine(one, outside) for one in raw) / len(raw)
 
 
+def printed_losses(maps, nouns, outside):
+    """The same three as the page prints equations 8, 6 and 7: the shares themselves under the Gaussian, and sums, for
+    L_dj over each pair in both orders."""
+    side = round(len(maps) ** 0.5)
+    seen = [maps[:, list(columns)].sum(1) for columns in nouns]
+    balance = max(1 - gaussian(one.view(side, side)).max() for one in seen)
+    pairs = [cosine(a, b) for i, a in enumerate(seen) for j, b in enumerate(seen) if i != j]
+    return balance, sum(pairs), sum(cosine(one, outside) for one in seen)
+
+
 def cosine(a, b):
     return (a * b).sum() / (a.norm() * b.norm())
 
@@ -195,6 +208,7 @@ class Settings:
     null_inner: int = 10
     epsilon: float = 1e-5
     warm: bool = True
+    descent: bool = False  # algorithm 1 as printed: the gradient itself is subtracted, in place of AdamW's step
 
 
 def learn(unet, encoder, kind, latents, ids, nouns, outside, null, settings):
@@ -215,7 +229,7 @@ def learn(unet, encoder, kind, latents, ids, nouns, outside, null, settings):
     vectors, nulls, found, null_found = [], [], [], []
     for step, t in enumerate(ddim.timesteps.tolist()):
         limits = thresholds(step, len(latents) - 1, settings.beta, settings.alpha)
-        adam = torch.optim.AdamW([table], lr=settings.rate)
+        adam = torch.optim.SGD([table], 1.0) if settings.descent else torch.optim.AdamW([table], lr=settings.rate)
         found.append([])
         for _ in range(settings.inner):
             three = losses(look(unet, z, t, encoder(rows))[0], nouns, outside)

@@ -29,6 +29,9 @@ ROWS = (
     "EmbCtrl, last latents, empty", "what every step's vectors learned", "what every step's null embedding learned",
     "of every look", "background mask", "features of every level", "intermediate picture, mixed", "target, latents",
     "target, own queries outside, latents", "target, layers and steps", "next turn's source",
+    "of every look", "of a picture's maps", "which way thresholds go", "the update of the words",
+    "that the background is found by",
+    "background mask", "features of every level", "intermediate picture, mixed", "target, latents",
     "last latents: mask refinement",
     "the masks of every step", "where windows end",
 )  # fmt: skip
@@ -103,11 +106,26 @@ def test_when_a_row_holds(found, holds):
 
 
 def test_departures_stand_apart():
-    text = faithfulness.markdown([row(0.0, 1.0), row(0.0, 1.0, departs="because")])
+    page = row(0.0, 1.0, departs="printed so", printed=True)
+    text = faithfulness.markdown([row(0.0, 1.0), page, row(0.0, 1.0, departs="because")])
     assert text.index("| c |") < text.index("departs on purpose") < text.index("because")
+    assert text.index("because") < text.index("from the page") < text.index("printed so")
     text = faithfulness.markdown([row(0.0, 1.0, departs="because"), row(0.0, 1.0, departs="unsaid", printed=True)])
     assert text.index("because") < text.index("something else, or nothing") < text.index("unsaid")
     assert text.count("because") == text.count("unsaid") == 1
+
+
+def test_the_page_of_dynamic_prompt_learning_is_not_its_code():
+    """Two words at one place each: sums of both orders and of both words, and no competition."""
+    maps = torch.full((16, 77), 1e-3)
+    maps[5, 2], maps[5, 4] = 0.5, 0.25
+    outside = torch.zeros(16)
+    outside[5] = 1
+    both = reference_tokens.losses, reference_tokens.printed_losses
+    code, page = (how(maps, [(2,), (4,)], outside) for how in both)
+    assert float(page[1]) == pytest.approx(2 * float(code[1])) and float(page[2]) == pytest.approx(2 * float(code[2]))
+    peak = float(reference_tokens.gaussian(maps[:, 4].view(4, 4)).max())
+    assert float(page[0]) == pytest.approx(1 - peak) and float(code[0]) > float(page[0])
 
 
 @pytest.mark.parametrize(("worst", "code"), [(0.0, 0), (1.0, 1)])
