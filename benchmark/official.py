@@ -173,13 +173,16 @@ class PromptToPrompt:
         return last
 
     def draw(self, prompts, controller, noise, nulls=None):
-        """Their last latents (2, 4, h, w), source and target."""
+        """Their latents (2, 4, h, w), source and target, after the last step that the pack takes as well."""
         official_code.name_attention(self.model.unet, official_code.CrossAttention)
         settings = {"latent": noise, "num_inference_steps": self.steps, "guidance_scale": self.guidance}
         settings |= {"uncond_embeddings": nulls, "return_type": "latent"}
         draw = getattr(self.code, "text2image_ldm_stable", None) or self.forward.p2p_guidance_forward
+        controller = controller or self.code.EmptyControl()
+        kept = keep_steps(controller)
         with official_code.quiet():
-            return official_code.fit(draw, self.model, prompts, controller or self.code.EmptyControl(), **settings)[0]
+            official_code.fit(draw, self.model, prompts, controller, **settings)
+        return kept[self.steps - 2]
 
     def run(self, case, number):
         trajectory = self.sides.prompts.trajectory(case, number)
@@ -242,6 +245,19 @@ class PromptToPrompt:
         yield Check("DDIM inversion", "all latents, the same picture", functools.partial(self.ddim, True))
         yield Check("DDIM inversion", "all latents, as wired", functools.partial(self.ddim, False), SCALED)
         yield Check("Null-text inversion", "guided run under what was learned", self.null_text, bound=LEARNED)
+
+
+def keep_steps(controller):
+    """A list that the latents after each of their steps will be in. Their last step on these timesteps is onto itself,
+    but blends and pins once more; the pack does not take it."""
+    kept, step = [], controller.step_callback
+
+    def keep(latents):
+        kept.append(step(latents))
+        return kept[-1]
+
+    controller.step_callback = keep
+    return kept
 
 
 def host_scale(latent, trajectory):
@@ -312,8 +328,10 @@ class Direct:
     def draw(self, prompts, controller, noise, offsets):
         forward = self.code.forward.direct_inversion_p2p_guidance_forward
         settings = {"latent": noise, "num_inference_steps": self.code.steps, "guidance_scale": self.code.guidance}
+        kept = keep_steps(controller)
         with official_code.quiet():
-            return forward(self.code.model, prompts, controller, noise_loss_list=offsets, **settings)[0]
+            forward(self.code.model, prompts, controller, noise_loss_list=offsets, **settings)
+        return kept
 
     def edit(self, name, number):
         case = cases(self.sides.scenes[number])[name]
@@ -321,7 +339,7 @@ class Direct:
         prompts = [case.source, case.target]
         with official_code.quiet():
             *_, latents, offsets = inverter.invert(picture, prompts, self.code.guidance)
-        theirs = self.draw(prompts, self.code.controller(case), latents[-1], offsets)
+        theirs = self.draw(prompts, self.code.controller(case), latents[-1], offsets)[self.code.steps - 2]
         plain = self.code.draw([case.target], None, latents[-1])
         given = call(invert.AttuneDirectInversion, trajectory, 1, 1.0, self.code.guidance)[0]
         return self.sides.prompts.ours(case, given), theirs[1:], plain, trajectory
@@ -335,11 +353,10 @@ class Direct:
                 *_, latents, offsets = inverter.invert_skip_step(picture, prompts, self.code.guidance, every)
             else:
                 *_, latents, offsets = inverter.invert_not_full(picture, prompts, self.code.guidance, scale=scale)
-        record = recorder(self.code.code.EmptyControl)
-        self.draw(prompts, record, latents[-1], offsets)
+        drawn = self.draw(prompts, self.code.code.EmptyControl(), latents[-1], offsets)
         # Without their last step, which is onto itself but pinned once more.
         count = len(trajectory.sigmas)
-        theirs, pinned = torch.stack(record.latents[: count - 1]), torch.stack(latents[::-1][1:count])
+        theirs, pinned = torch.stack([both[:1] for both in drawn[: count - 1]]), torch.stack(latents[::-1][1:count])
         settings = every, scale, self.code.guidance, self.sides.bench.model, self.sides.empty
         ours = call(invert.AttuneDirectInversion, trajectory, *settings)[0]
         return torch.stack(self.sides.path(ours)[1:count]), theirs, pinned, None
@@ -350,19 +367,6 @@ class Direct:
         for name, settings in (("skip_step 3", (3, 1.0)), ("scale 0.5", (1, 0.5))):
             measure = functools.partial(self.source, *settings)
             yield Check("Direct inversion", f"all latents of the source, {name}", measure)
-
-
-def recorder(kind):
-    """Their control that does nothing, and keeps the source's latents after each step in ``latents``."""
-
-    class Recorder(kind):
-        latents = ()
-
-        def step_callback(self, latents):
-            self.latents = *self.latents, latents[:1]
-            return latents
-
-    return Recorder()
 
 
 # ---- MasaCtrl and Free-Prompt-Editing --------------------------------------------------------------------------------
