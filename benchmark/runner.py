@@ -29,7 +29,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..tests import host
-from . import datasets, prompts, results, servers
+from . import datasets, prompts, rating, results, servers
 from .metrics import COLUMNS, SETS, Metrics, demo_success
 from .prompts import NotApplicable
 
@@ -282,6 +282,8 @@ def gather(
 
 
 def show(found: results.Results, out: Path, page: bool) -> None:
+    told = rating.about(found.samples, found.methods, found.pictures, out)
+    (out / rating.ABOUT).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     (out / "results.html").write_text(results.html(found, out), encoding="utf-8")
     for file in (out / "results.md", *([PAGE] if page else [])):
         sheet = file.with_suffix(".jpg")
