@@ -65,6 +65,7 @@ BENCHES = {
     "faithfulness": "benchmark.faithfulness", "full-size": "benchmark.full_size", "time": "benchmark.timing",
     "pictures": "benchmark.pictures", "emblem": "benchmark.emblem", "graphs": "benchmark.graphs",
     "files": "benchmark.files", "sweep": "benchmark.sweep", "official": "benchmark.official",
+    "rate": "benchmark.rating",
 }  # fmt: skip
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 

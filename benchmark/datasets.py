@@ -6,6 +6,9 @@
     manifest:FOLDER        any pictures with masks: manifest.json (see _manifest); CPAM's IMBA has no public format
     magicbrush:FOLDER      MagicBrush (Zhang et al. 2023): edit_sessions.json and images/, or the hub's metadata.jsonl
     ti2i:FOLDER-or-YAML    Wild-TI2I and ImageNet-R-TI2I (Tumanyan et al. 2023, Plug-and-Play): *.yaml
+    fpe:FOLDER-or-JSON     Free-Prompt-Editing's four (Liu et al. 2024): Car_fake_edit.json and so on, see _fpe
+
+Where a picture is to be generated, as in the "fake" ones of the last two, methods on recorded trajectories draw it.
 
 An entry that cannot be used is told in one sentence and left out; it never ends a run.
 """
@@ -37,7 +40,8 @@ SINGLE, MULTI = "single turn", "multi turn"
 class Sample:
     """One edit of one picture.
 
-    ``key`` is unique in its data and serves as a file name. ``source`` and ``target`` are captions; data without a
+    ``key`` is unique in its data and serves as a file name. ``picture`` is None where the model itself is to draw it
+    from ``source``; ``extras["seed"]`` may say from which noise. ``source`` and ``target`` are captions; data without a
     source caption have "". White in ``mask`` means edit here. ``truth`` is the true edited picture. ``words`` are pairs
     (source word, target word) that the edit is about, a side "" where its caption has none. ``thing`` names the object.
     In several turns, turn 1 and up, ``previous`` is the key of the sample whose result is edited on; ``picture`` is
@@ -48,7 +52,7 @@ class Sample:
     kind: str
     source: str
     target: str
-    picture: Path
+    picture: Path | None
     mask: Path | None = None
     truth: Path | None = None
     words: tuple = ()
@@ -452,8 +456,7 @@ def _ti2i_samples(file, number, entry):
         picture = _picture(_rebased(file.parent, _get(entry, "init_img")))
     elif source and "seed" in entry:
         picture = file.parent / "imgs" / f"{source}.png"
-        if not picture.is_file():
-            raise Malformed(f"is to be generated from its prompt and seed, and its picture {picture} is not there yet")
+        picture = _picture(picture) if picture.is_file() else None
     else:
         raise Malformed("has no init_img")
     extras = {ours: _get(entry, theirs, int, float) for theirs, ours in SETTINGS.items() if theirs in entry}
@@ -463,7 +466,7 @@ def _ti2i_samples(file, number, entry):
             "kind": file.stem,
             "source": source,
             "target": target,
-            "picture": _picture(picture),
+            "picture": picture,
             "words": changed_words(source, target),
             "extras": extras,
         }
@@ -482,6 +485,42 @@ def _rebased(root, given):
     return next((path for path in tried if path.is_file()), tried[-2])
 
 
+# ---- Free-Prompt-Editing's ---------------------------------------------------------------------------------------
+
+
+def _fpe(root):
+    """``root`` is one of the authors' lists or a folder of them (Car_fake_edit.json, Car_real_edit.json,
+    ImageNet_fake_edit.json, ImageNet_real_edit.json), each a kind. An entry has ``soure_prompt`` (they write it so; the
+    other spelling is read as well) and ``edit_prompt``, and in a real list ``image_name``, which is looked for beside
+    the list, in images/ and in a folder called like the list without its ending, by its whole way and by its name.
+    """
+    names = [f"{what}_{how}_edit.json" for what in ("Car", "ImageNet") for how in ("fake", "real")]
+    files = [root] if root.suffix == ".json" else [root / name for name in names if (root / name).is_file()]
+    if not files:
+        raise ValueError(f"{root} is no folder of Free-Prompt-Editing's lists ({', '.join(names)}); name one.")
+    for file in files:
+        for number, entry in enumerate(_json(file, list, "list of Free-Prompt-Editing")):
+            yield f"{file.stem} {number}", lambda entry=entry, file=file, n=number: [_fpe_sample(file, n, entry)]
+
+
+def _fpe_sample(file, number, entry):
+    spelt = "source_prompt" if isinstance(entry, dict) and "source_prompt" in entry else "soure_prompt"
+    source, target, picture = _get(entry, spelt), _get(entry, "edit_prompt"), None
+    if "image_name" in entry:
+        name = Path(_get(entry, "image_name"))
+        folders = file.parent, file.parent / "images", file.with_suffix("")
+        tried = [folder / way for folder in folders for way in (name, name.name)]
+        picture = _picture(next((path for path in tried if path.is_file()), tried[0]))
+    return {
+        "key": f"{file.stem}-{number:04d}",
+        "kind": file.stem,
+        "source": source,
+        "target": target,
+        "picture": picture,
+        "words": changed_words(source, target),
+    }
+
+
 READERS = {
     "demo": _demo,
     "pie-bench": _pie_bench,
@@ -489,4 +528,5 @@ READERS = {
     "manifest": _manifest,
     "magicbrush": _magicbrush,
     "ti2i": _ti2i,
+    "fpe": _fpe,
 }

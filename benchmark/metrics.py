@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional
 
 from . import demo_edits
-from .networks import CLIP_BASE, CLIP_LARGE, DINO_B8, DINO_S16, SQUEEZENET, Missing, Networks, need
+from .networks import CLIP_BASE, CLIP_LARGE, DINO_B8, DINO_S16, INCEPTION, SQUEEZENET, Missing, Networks, need
 
 CEILING = 100.0  # dB that equal pictures get, whose PSNR has no end
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -42,6 +42,15 @@ COLUMNS = {
     "CLIP-I": (CLIP_BASE, "cosine with the true edit, by CLIP; higher is better"),
     "DINO": (DINO_S16, "cosine with the true edit, by DINO; higher is better"),
     "CLIP-T": (CLIP_BASE, "cosine with the true edit's caption, by CLIP; higher is better"),
+}
+# Of all pictures of a method together.
+SETS = {
+    "FID": (
+        INCEPTION,
+        "Frechet distance of a method's pictures to their sources by Inception's 2048 features; lower is better; "
+        "some thousand pictures are needed before it means anything",
+    ),
+    "IS": (INCEPTION, "Inception score of a method's pictures, all of them in one split; higher is better"),
 }
 
 
@@ -200,6 +209,36 @@ def iou_curve(shares, true, thresholds):
     return (both / either.clamp(min=1)).flatten(1).mean(1)
 
 
+# ---- sets of pictures --------------------------------------------------------------------------------------------
+
+
+def frechet_distance(ours, theirs):
+    """The Frechet distance of two Gaussians fitted to features (N, D) and (M, D), N and M at least 2 (Heusel et al.
+    2017, FID): the squared distance of the means, and trace(A + B - 2 sqrt(A B)) of the covariances. 0 and up.
+
+    A covariance of fewer pictures than features has no full rank; A B has real roots all the same, of which what
+    rounding makes negative counts as 0.
+    """
+    if min(len(ours), len(theirs)) < 2:
+        raise ValueError(f"A Frechet distance needs two pictures on each side; {len(ours)} and {len(theirs)} came.")
+    ours, theirs = ours.double(), theirs.double()
+    a, b = torch.cov(ours.T).reshape(ours.shape[1], -1), torch.cov(theirs.T).reshape(ours.shape[1], -1)
+    # A B has the eigenvalues of sqrt(A) B sqrt(A), which is symmetric.
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    shared = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()
+    apart = (ours.mean(0) - theirs.mean(0)).square().sum()
+    return max(0.0, float(apart + a.trace() + b.trace() - 2 * shared))
+
+
+def inception_score(logits):
+    """exp of the mean divergence of each picture's class probabilities from those of all (Salimans et al. 2016), 1 and
+    up, of logits (N, classes); all pictures are one split, since the sets here are small."""
+    p = logits.double().softmax(1)
+    mean = p.mean(0, keepdim=True)
+    return float((p * (p.clamp(min=1e-30).log() - mean.clamp(min=1e-30).log())).sum(1).mean().exp())
+
+
 # ---- the demo world ----------------------------------------------------------------------------------------------
 
 
@@ -223,12 +262,13 @@ class Metrics:
 
     columns = {name: says for name, (_, says) in COLUMNS.items()}
     names = tuple(columns)
+    sets = tuple(SETS)
 
     def __init__(self, networks=None):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.networks = Networks(networks, self.device)
         self.why_not = {}
-        for name, (needed, _) in COLUMNS.items():
+        for name, (needed, _) in (COLUMNS | SETS).items():
             try:
                 (need if needed in PACKAGES else self.networks.find)(needed)
             except Missing as reason:
@@ -245,6 +285,29 @@ class Metrics:
         figures |= self._beside_truth(sample, picture)
         wanted = {name: figures.get(name) for name in self.names if name not in self.why_not}
         return {name: None if figure is None else figure() for name, figure in wanted.items()}
+
+    @torch.inference_mode()
+    def measure_set(self, pairs):
+        """The figures of a method's whole set, of (source file or None, picture file) pairs: name -> float, or None
+        where there are fewer than two pictures or a source is lacking. What cannot be had is left out."""
+        names = [name for name in self.sets if name not in self.why_not]
+        if not names:
+            return {}
+        features, logits = self._seen(picture for _, picture in pairs)
+        figures = {"FID": None, "IS": None}
+        if len(pairs) > 1:
+            figures["IS"] = inception_score(logits)
+            if all(source for source, _ in pairs):
+                figures["FID"] = frechet_distance(features, self._seen(source for source, _ in pairs)[0])
+        return {name: figures[name] for name in names}
+
+    def _seen(self, paths):
+        """Inception's features (N, 2048) and logits (N, 1008) of N picture files."""
+        found = []
+        for path in paths:
+            pixels = (open_picture(path)[None] * 255).round().byte().to(self.device)
+            found.append([out.cpu() for out in self.networks.inception(pixels)])
+        return [torch.cat(part) for part in zip(*found, strict=True)] if found else (None, None)
 
     def _beside_source(self, sample, picture):
         """Name -> a function that measures, of the columns that this sample has; so the next two."""

@@ -1,7 +1,8 @@
 """The trained networks that metrics look with, from the user's disk: nothing here ever asks the network.
 
 A network is looked for in a folder of the user's (FOLDER/clip-vit-large-patch14 and so on, as ``save_pretrained`` lays
-it out; SqueezeNet's weights under torchvision's file name), then in the cache of the Hugging Face hub or of torch.
+it out; SqueezeNet's weights under torchvision's file name, Inception's under torch-fidelity's), then in the cache
+of the Hugging Face hub or of torch.
 """
 
 import functools
@@ -14,6 +15,8 @@ import torch
 CLIP_LARGE, CLIP_BASE = "openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32"
 DINO_B8, DINO_S16 = "facebook/dino-vitb8", "facebook/dino-vits16"
 SQUEEZENET = "squeezenet1_1-b8a52dc0.pth"
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"  # the one of FID's own code, as torch-fidelity has it
+FILES = {SQUEEZENET: ("lpips", "torchvision"), INCEPTION: ("torch_fidelity",)}  # each with what reads it
 WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 
@@ -35,10 +38,10 @@ class Networks:
         self.folder, self.device = Path(folder) if folder else None, device
 
     def find(self, name):
-        """Where a network of the hub (owner/name) or SqueezeNet's file lies. Raises :class:`Missing`."""
+        """Where a network of the hub (owner/name) or one of FILES lies. Raises :class:`Missing`."""
         own = [] if self.folder is None else [self.folder / name.split("/")[-1]]
-        if name == SQUEEZENET:
-            need("lpips", "torchvision")
+        if name in FILES:
+            need(*FILES[name])
             cached = Path(torch.hub.get_dir()) / "checkpoints" / name
             return _first([p for p in (*own, cached) if p.is_file()], name, [*own, "torch's cache"])
         need("transformers", "torchvision")
@@ -62,6 +65,16 @@ class Networks:
         # The layers keep torchvision's numbers, in slices: features.3.x is slice2.3.x.
         mine = {key: state["features." + key.split(".", 1)[1]] for key in network.net.state_dict()}
         network.net.load_state_dict(mine)
+        return network.to(self.device).eval()
+
+    @functools.cached_property
+    def inception(self):
+        """The Inception network that FID is defined with: uint8 pictures (N, 3, H, W) to features (N, 2048) and logits
+        (N, 1008)."""
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        wanted, where = ["2048", "logits_unbiased"], str(self.find(INCEPTION))
+        network = FeatureExtractorInceptionV3("inception-v3-compat", wanted, feature_extractor_weights_path=where)
         return network.to(self.device).eval()
 
     @functools.cache  # noqa: B019 - lives as long as the run, which has one of these

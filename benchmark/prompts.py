@@ -18,10 +18,12 @@ something of the sample, which not every sample has; a method is not for those t
     $braced                     the source's caption with its things in braces
     $exchange                   AttunePromptSwap where words that both captions hold stand at equal places, by CLIP's
                                 words, else AttunePromptRefine
+    $raised                     the words that are new, each with the weight 2
     $picture $truth             the picture, and the true result
     $mask $kept                 where the picture changes, and where it stays; $mask+6 is grown by 6/128 of the side
     $sketch                     the outlines of the true result, where a data set has that
     $seed $steps $guidance $size    of the run; a sample's seed is its own
+    $source_seed                the noise that a sample's picture is generated from, where that is not given
 
 A picture that is given to a socket comes from a node that loads it.
 """
@@ -48,6 +50,7 @@ from .demo_edits import scene_of
 DEMO, ADAPTER = "AttuneDemoCheckpoint", "attune_demo_sketch_adapter.safetensors"
 FOLDER = Path(__file__).parent / "methods"
 WORKFLOWS = Path(__file__).parents[1] / "workflows" / "api"
+SMALL = "a", "an", "the", "and"
 KEYS = "row", "name", "paper", "note", "workflow", "result", "inputs", "demo", "kinds", "except"
 
 
@@ -315,19 +318,32 @@ def seed_of(sample, seed: int) -> int:
     return zlib.crc32(f"{seed} {sample.key}".encode()) % 2**31
 
 
+def _raised(sample, setup, _):
+    """The words that only the target's caption has; small ones are none."""
+    ours, theirs = (dict.fromkeys(re.findall(r"\w[\w'-]*", text)) for text in (sample.source, sample.target))
+    return "\n".join(f"{word}: 2" for word in theirs if word not in ours and word.lower() not in SMALL)
+
+
+def source_seed_of(sample, seed: int) -> int:
+    """What a sample's picture is generated from: its data's own seed, else the sample's."""
+    return int(sample.extras.get("seed", seed_of(sample, seed)))
+
+
 _VALUES = {
     "source": lambda sample, setup, _: _literal(sample.source),
     "target": lambda sample, setup, _: _literal(sample.target),
     "words": lambda sample, setup, _: _literal(", ".join(_words(sample))),
     "outside": lambda sample, setup, _: _literal(", ".join(sample.extras.get("kept words", ()))),
     "braced": _braced,
+    "raised": _raised,
     "exchange": _exchange,
-    "picture": lambda sample, setup, _: _file(sample.picture),
+    "picture": lambda sample, setup, _: sample.picture and _file(sample.picture),
     "truth": lambda sample, setup, _: sample.truth and _file(sample.truth),
     "mask": _mask,
     "kept": _kept,
     "sketch": _sketched,
     "seed": lambda sample, setup, _: seed_of(sample, setup.seed),
+    "source_seed": lambda sample, setup, _: None if sample.picture else source_seed_of(sample, setup.seed),
 }
 _LACKS = {
     "source": "no caption of the source",
@@ -335,7 +351,10 @@ _LACKS = {
     "words": "no words that say where the edit is",
     "outside": "no words for what stays",
     "braced": "no thing in the caption of the source",
+    "raised": "no word that is new",
     "exchange": "no two captions that differ",
+    "picture": "no picture that is given: it is generated, and this inverts one",
+    "source_seed": "a picture that is given: this edits generated ones",
     "mask": "no mask",
     "kept": "no mask that leaves anything out",
     "truth": "no true result",

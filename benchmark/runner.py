@@ -23,19 +23,21 @@ import sys
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..tests import host
-from . import datasets, prompts, results, servers
-from .metrics import COLUMNS, Metrics, demo_success
+from . import datasets, prompts, rating, results, servers
+from .metrics import COLUMNS, SETS, Metrics, demo_success
 from .prompts import NotApplicable
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "demo" / "run" / "quality"
 PAGE = ROOT / "benchmark" / "RESULTS.md"
 DEMO = "demo"
+SOURCE = "generated_source"  # the method that draws the pictures of samples that bring none
 SERVERS = "servers.json"  # in the folder of a run: what drew it
 SHOWS = "pictures in which a program that knows the demo world sees the true result and no more; higher is better"
 log = logging.getLogger("attune.bench")
@@ -99,6 +101,13 @@ class Run:
                     self.digests[task] = self.prompt(task).digest
                 except NotApplicable as lack:
                     self.not_applicable[task] = str(lack)
+
+    def source(self, sample: datasets.Sample) -> datasets.Sample:
+        """The sample with the picture that the edit starts from, where that is generated: None until it is drawn."""
+        task = sample.key, SOURCE
+        if sample.picture or task not in self.digests or not self.is_drawn(task):
+            return sample
+        return replace(sample, picture=self.picture(task))
 
     def prompt(self, task: tuple[str, str]) -> prompts.Prompt:
         """In later turns the picture is the result of the turn before, named by its digest. Raises NotApplicable."""
@@ -231,7 +240,9 @@ def measure(run: Run, networks: Path | None) -> tuple[Lines, dict]:
         line = measured.get(*task, digest)
         if line and set(names) <= set(line["metrics"]):
             continue
-        sample, picture = run.samples[task[0]], run.picture(task)
+        sample, picture = run.source(run.samples[task[0]]), run.picture(task)
+        if sample.picture is None:  # generated, and not yet there
+            continue
         found = metrics.measure(sample, picture)
         shows = demo_success(sample, picture)
         line = {"sample": task[0], "method": task[1], "digest": digest}
@@ -239,21 +250,34 @@ def measure(run: Run, networks: Path | None) -> tuple[Lines, dict]:
     return measured, metrics.why_not
 
 
-def gather(run: Run, measured: Lines, why_not: dict, about: dict, problems: list[str]) -> results.Results:
+def measure_sets(run: Run, networks: Path | None) -> dict:
+    """For each method what its pictures are together: name -> number or None."""
+    metrics, pairs = Metrics(networks), {}
+    for key, method in run.digests:
+        if run.is_drawn((key, method)):
+            pairs.setdefault(method, []).append((run.source(run.samples[key]).picture, run.picture((key, method))))
+    return {method: figures for method, files in pairs.items() if (figures := metrics.measure_set(files))}
+
+
+def gather(
+    run: Run, measured: Lines, why_not: dict, about: dict, problems: list[str], sets: dict = MappingProxyType({})
+) -> results.Results:
     drawn = [task for task in run.digests if run.is_drawn(task)]
     lines = {task: run.drawn.get(*task, digest) or {} for task, digest in run.digests.items()}
     figures = {task: measured.get(*task, run.digests[task]) for task in drawn}
     return results.Results(
         about=about,
-        samples=list(run.samples.values()),
+        samples=[run.source(sample) for sample in run.samples.values()],
         methods=[told_settings(method, run.setup) for method in run.methods.values()],
-        columns={results.SUCCESS: SHOWS, **{name: says for name, (_, says) in COLUMNS.items()}},
+        columns={results.SUCCESS: SHOWS, **{name: says for name, (_, says) in (COLUMNS | SETS).items()}},
         why_not=why_not,
         problems=[*problems, *run.problems],
         pictures={task: run.picture(task) for task in drawn},
         figures={task: line["metrics"] for task, line in figures.items() if line},
         failed={task: line["failed"] for task, line in lines.items() if "failed" in line},
         not_applicable=run.not_applicable,
+        seconds={task: lines[task]["seconds"] for task in drawn if "seconds" in lines[task]},
+        sets=sets,
     )
 
 
@@ -264,6 +288,8 @@ def told_settings(method: prompts.Method, setup: prompts.Setup) -> prompts.Metho
 
 
 def show(found: results.Results, out: Path, page: bool) -> None:
+    told = rating.about(found.samples, found.methods, found.pictures, out)
+    (out / rating.ABOUT).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     (out / "results.html").write_text(results.html(found, out), encoding="utf-8")
     for file in (out / "results.md", *([PAGE] if page else [])):
         sheet = file.with_suffix(".jpg")
@@ -292,6 +318,12 @@ def read_changes(told: list[str]) -> dict:
 def chosen(names: list[str]) -> list[prompts.Method]:
     methods = [prompts.read_method(name) for name in names or prompts.every_method()]
     return sorted(methods, key=lambda method: method.row)
+
+
+def fitting(methods: list[prompts.Method], samples: list) -> list[prompts.Method]:
+    """Without those on generated pictures where all are given, and those that invert where all are generated."""
+    there = {sample.picture is None for sample in samples}
+    return [method for method in methods if not samples or ("$source_seed" in method.inputs.values()) in there]
 
 
 def version() -> str:
@@ -371,6 +403,9 @@ def run_all(args):
     if strange := set(setup.changes) - {"*"} - {method.key for method in methods}:
         raise ValueError(f"--set speaks of {', '.join(strange)}, which is none of the methods; * is all of them.")
     samples, problems = datasets.read(args.data, out / "samples", args.count, args.seed)
+    methods = methods if args.methods else fitting(methods, samples)
+    if any(sample.picture is None for sample in samples) and SOURCE not in {method.key for method in methods}:
+        methods = sorted([*methods, prompts.read_method(SOURCE)], key=lambda method: method.row)
     run = Run(out, samples, methods, setup)
     for problem in (*problems, *run.problems):
         log.warning("%s", problem)
@@ -378,7 +413,8 @@ def run_all(args):
         raise ValueError(f"There is no sample to edit in {args.data}.")
     draw(run, args.servers, args.ray)
     measured, why_not = measure(run, args.networks)
-    show(gather(run, measured, why_not, tell(args, setup), problems), out, args.page)
+    sets = measure_sets(run, args.networks)
+    show(gather(run, measured, why_not, tell(args, setup), problems, sets), out, args.page)
 
 
 if __name__ == "__main__":

@@ -416,11 +416,32 @@ def test_real_pictures_are_found_wherever_they_were(tmp_path):
 def test_generated_pictures_bring_their_settings(tmp_path):
     text = "- {source_prompt: a cat, seed: 7, scale: 5.0, ddim_steps: 50, target_prompts: [a dog]}\n"
     (tmp_path / "wild-ti2i-fake.yaml").write_text(text)
-    samples, problems = datasets.read(f"ti2i:{tmp_path}", tmp_path / "made")
-    assert samples == [] and "is to be generated from its prompt and seed" in problems[0]
+    (one,), problems = datasets.read(f"ti2i:{tmp_path}", tmp_path / "made")
+    assert one.picture is None and one.extras["seed"] == 7 and problems == []  # the model is to draw it
     draw(tmp_path / "imgs" / "a cat.png")
     (one,), problems = datasets.read(f"ti2i:{tmp_path}", tmp_path / "made")
     assert one.extras == {"seed": 7, "scale": 5.0, "steps": 50} and one.words == (("cat", "dog"),) and problems == []
+    assert one.picture == tmp_path / "imgs" / "a cat.png"
+
+
+# ---- Free-Prompt-Editing's ---------------------------------------------------------------------------------------
+
+
+def test_free_prompt_editings_lists_are_read_as_they_are_spelt(tmp_path):
+    """Real pictures beside the list, in images/ or in a folder called like it; the generated ones bring none."""
+    pair = {"soure_prompt": "a red car", "edit_prompt": "a teal car"}
+    write(tmp_path / "Car_fake_edit.json", [pair, {"source_prompt": "a cat", "edit_prompt": "a big dog"}])
+    names = ["1.jpg", "n02/2.png", "n03/3.png", "gone.jpg"]
+    write(tmp_path / "ImageNet_real_edit.json", [pair | {"image_name": name} for name in names] + [{"edit_prompt": ""}])
+    there = [draw(tmp_path / way) for way in ("1.jpg", "images/n02/2.png", "ImageNet_real_edit/3.png")]
+    samples, problems = datasets.read(f"fpe:{tmp_path}", tmp_path / "made")
+    assert [s.picture for s in samples] == [None, None, *there]
+    assert [s.kind for s in samples] == ["Car_fake_edit"] * 2 + ["ImageNet_real_edit"] * 3
+    assert samples[0].words == (("red", "teal"),) and samples[1].source == "a cat" and samples[1].words == ()
+    assert samples[0].key == "Car_fake_edit-0000" and samples[0].target == "a teal car"
+    assert "gone.jpg, which is not there" in problems[0] and "has no soure_prompt" in problems[1]
+    one = datasets.read(f"fpe:{tmp_path / 'Car_fake_edit.json'}", tmp_path / "made", count=1)[0]
+    assert [s.key for s in one] == ["Car_fake_edit-0000"]
 
 
 # ---- no such data ------------------------------------------------------------------------------------------------
@@ -432,7 +453,7 @@ def test_unknown_data_is_refused(tmp_path, data):
         datasets.read(data, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pie-bench", "tedbench", "manifest", "magicbrush", "ti2i"])
+@pytest.mark.parametrize("name", ["pie-bench", "tedbench", "manifest", "magicbrush", "ti2i", "fpe"])
 def test_a_folder_that_is_none_is_refused_in_one_sentence(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"^[^\n]* is no [^\n]*; name [^\n.]*\.$"):

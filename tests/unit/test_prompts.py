@@ -18,6 +18,11 @@ ALONE = {
     "cpam_removal": {"remove"},
     "cpam": set(demo_edits.KINDS) - {"background", "remove"},
 }
+# What the first sample of a kind has nothing for.
+LACKS = {
+    "p2p_preserve": dict.fromkeys(set(demo_edits.KINDS) - {"background"}, "no words for what stays"),
+    "p2p_reweight": {"remove": "no word that is new"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +39,18 @@ def nodes_of(prompt, kind):
 def test_every_method_becomes_one_picture_and_nothing_else(samples, name, setup):
     method = read_method(name)
     for kind, sample in samples.items():
+        if lacks := LACKS.get(name, {}).get(kind):
+            with pytest.raises(NotApplicable, match=lacks):
+                build(method, sample, setup)
+            continue
         if kind not in ALONE.get(name, samples):
             with pytest.raises(NotApplicable, match="another kind"):
                 build(method, sample, setup)
             continue
+        if "$source_seed" in method.inputs.values():
+            with pytest.raises(NotApplicable, match="this edits generated ones"):
+                build(method, sample, setup)
+            sample = replace(sample, picture=None)
         prompt = build(method, sample, setup)
         links = {v[0] for node in prompt.nodes.values() for v in node["inputs"].values() if isinstance(v, list)}
         assert set(prompt.nodes) - links == {prompt.result}  # all the rest is read by something
@@ -209,3 +222,28 @@ def test_what_is_set_for_the_demo_model_is_told():
     method = prompts.Method("x", "X", "r", {}, demo={"Node/cross_end": windows, "Node/grow": 8})
     assert prompts.tuned(method) == "Set for the demo model: cross_end 0.4 for shape, add, else 0.8; grow 8."
     assert prompts.tuned(replace(method, demo={})) == ""
+
+
+def test_generated_sources_come_from_the_data_seed_or_the_samples_own(samples):
+    """One noise for source and edit; what inverts a picture is not for them."""
+    sample = replace(samples["colour"], picture=None, extras={})
+    for name in ("generated_source", "plain_generated", "p2p_generated", "fpe_generated"):
+        for extras, seed in (({}, prompts.seed_of(sample, 0)), ({"seed": 7}, 7)):
+            prompt = build(read_method(name), replace(sample, extras=extras), Setup())
+            (recorded,) = nodes_of(prompt, "AttuneRecordTrajectory")
+            assert recorded["noise_seed"] == seed and prompt.files == ()
+    (edit,) = nodes_of(build(read_method("fpe_generated"), sample, Setup()), "AttuneFreePromptEditing")
+    assert edit["target_prompt"] == sample.target and edit["source_prompt"][1] == 0
+    with pytest.raises(NotApplicable, match="this inverts one"):
+        build(read_method("p2p_ddim"), sample, Setup())
+
+
+def test_new_words_are_raised(samples):
+    for kind, words in (("colour", 1), ("pattern", 1)):
+        sample = samples[kind]
+        (found,) = nodes_of(build(read_method("p2p_reweight"), sample, Setup()), "AttunePromptReweight")
+        lines = found["weights"].splitlines()
+        assert len(lines) == words and all(line.endswith(": 2") for line in lines)
+        assert all(line[:-3] in sample.target and line[:-3] not in sample.source for line in lines)
+    with pytest.raises(NotApplicable, match="no word that is new"):
+        build(read_method("p2p_reweight"), replace(samples["colour"], source="an", target="a an"), Setup())

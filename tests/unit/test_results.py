@@ -38,7 +38,7 @@ def found(folder):
         about={"seed": 7},
         samples=samples,
         methods=methods,
-        columns={"success %": "sees it", "PSNR": "dB", "CLIP score": "cosine", "L1": "error"},
+        columns={"success %": "sees it", "PSNR": "dB; higher is better", "CLIP score": "cosine", "L1": "error"},
         why_not={"CLIP score": "There is no network here."},
         problems=["entry 5 has no mask; it is left out."],
         pictures={task: folder / "pictures" / task[1] / f"{task[0]}.png" for task in drawn},
@@ -61,16 +61,16 @@ def cells(text, heading):
 
 def test_means_are_over_the_pictures_that_have_the_figure(found):
     head, rows = cells(results.markdown(found, "all.jpg"), "## All kinds of edits")
-    assert head == ["method", "success %", "PSNR", "pictures", "failed", "not applicable", "missing"]
+    assert head == ["method", "success %", "PSNR", "rank", "pictures", "failed", "not applicable", "missing"]
     assert rows == {
-        "P2P \\| swap": ["50.0", "20.0", "2", "0", "0", "1"],
-        "P2P, blend": ["100.0", "31.2", "1", "1", "1", "0"],
+        "P2P \\| swap": ["50.0 (1 of 2, 9 to 91)", "20.0", "2", "2", "0", "0", "1"],
+        "P2P, blend": ["100.0 (1 of 1, 21 to 100)", "31.2", "1", "1", "1", "1", "0"],
     }
 
 
 def test_each_kind_has_its_own_table_without_methods_that_are_not_for_it(found):
     text = results.markdown(found, "all.jpg")
-    assert cells(text, "## Kind: colour")[1]["P2P, blend"] == ["100.0", "31.2", "1", "1"]
+    assert cells(text, "## Kind: colour")[1]["P2P, blend"][1:] == ["31.2", "1", "1", "1"]
     assert list(cells(text, "## Kind: shape")[1]) == ["P2P \\| swap"]
     head, rows = cells(text, "## success %, by kind of edit")
     assert head == ["method", "colour", "shape"]
@@ -137,3 +137,49 @@ def test_without_a_picture_the_page_still_stands(found, folder):
 )
 def test_numbers_are_short(value, shown):
     assert results.number(value) == shown
+
+
+def test_ranks_are_averaged_and_shared_where_methods_are_equal():
+    """By hand: PSNR ranks 1, 2.5, 2.5 and L1, which the third lacks, 2, 1."""
+    columns = {"PSNR": "dB; higher is better", "L1": "error; lower is better"}
+    rows = [{"PSNR": 30.0, "L1": 0.2}, {"PSNR": 20.0, "L1": 0.1}, {"PSNR": 20.0, "L1": None}]
+    assert results.average_ranks(rows, columns) == [(0, 1.5), (1, 1.75), (2, 2.5)]
+    assert results.average_ranks([{"L1": None}], columns) == [(0, None)] and results.average_ranks([], columns) == []
+
+
+def test_what_edits_nothing_takes_no_rank(found):
+    found.methods[1].key = "truth"
+    for kept in (found.pictures, found.figures, found.failed, found.not_applicable):
+        for key, method in list(kept):
+            if method == "blend":
+                kept[key, "truth"] = kept.pop((key, method))
+    swap, truth = found.table()
+    assert swap["means"]["rank"] == 1 and truth["means"]["rank"] is None
+    assert "ranks by PSNR, 1 is the best" in results.markdown(found, "all.jpg")
+
+
+def test_beside_true_edits_the_ranks_are_masafusions(found):
+    found.figures["colour-000", "swap"]["L1"] = 0.1
+    assert found.ranked == ["L1"]
+    assert [row["means"]["rank"] for row in found.table()] == [1, None]
+
+
+@pytest.mark.parametrize("successes, count, low, high", [(8, 16, 0.280, 0.720), (0, 10, 0, 0.278), (10, 10, 0.722, 1)])
+def test_intervals_are_wilsons(successes, count, low, high):
+    assert results.wilson(successes, count) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_seconds_are_medians_of_what_was_drawn(found, folder):
+    found.seconds.update({("colour-000", "swap"): 9.0, ("colour-001", "swap"): 1.0, ("colour-001", "blend"): 50.0})
+    head, rows = cells(results.markdown(found, "all.jpg"), "## All kinds of edits")
+    assert [row[head.index("seconds") - 1] for row in rows.values()] == ["5", ""]  # the last one failed
+    assert "<td>5</td>" in results.html(found, folder)
+
+
+def test_figures_of_whole_sets_stand_in_the_table_of_all_kinds_alone(found):
+    found.columns["FID"] = "distance; lower is better"
+    found.sets["swap"] = {"FID": 12.5}
+    text = results.markdown(found, "all.jpg")
+    head, rows = cells(text, "## All kinds of edits")
+    assert [row[head.index("FID") - 1] for row in rows.values()] == ["12.5", ""]
+    assert "FID" not in cells(text, "## Kind: colour")[0] and "- FID: distance" in text
