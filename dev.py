@@ -130,7 +130,7 @@ def test(rest):
     require(chosen, "pytest", "hypothesis", "psutil", *(["playwright"] if "browser" in rooms else []))
     if set(rooms) == set(ROOMS) and not passed_on:
         return test_side_by_side(chosen, [room for room in rooms if f"tests/{room}" not in BESIDE])
-    return hand_over(chosen, ["-m", "pytest", *([] if any(a.startswith("tests/") for a in passed_on) else [f"tests/{r}" for r in rooms]), *passed_on])
+    return hand_over(chosen, ["-m", "pytest", *(f"tests/{room}" for room in rooms), *passed_on])
 
 
 def test_oldest(passed_on):
