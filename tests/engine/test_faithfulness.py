@@ -116,7 +116,8 @@ def test_the_page_of_dynamic_prompt_learning_is_not_its_code():
     maps[5, 2], maps[5, 4] = 0.5, 0.25
     outside = torch.zeros(16)
     outside[5] = 1
-    code, page = (how(maps, [(2,), (4,)], outside) for how in (reference_tokens.losses, reference_tokens.printed_losses))
+    both = reference_tokens.losses, reference_tokens.printed_losses
+    code, page = (how(maps, [(2,), (4,)], outside) for how in both)
     assert float(page[1]) == pytest.approx(2 * float(code[1])) and float(page[2]) == pytest.approx(2 * float(code[2]))
     peak = float(reference_tokens.gaussian(maps[:, 4].view(4, 4)).max())
     assert float(page[0]) == pytest.approx(1 - peak) and float(code[0]) > float(page[0])
