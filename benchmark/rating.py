@@ -32,6 +32,7 @@ SCALES = {
     "realism": "The picture looks real",
     "satisfaction": "The picture is what the text asks for",
 }
+SOURCE = "generated_source"  # draws no edit
 CHOICE, POINTS = "best", 6
 FIELDS = "rater", "sample", "picture", "question", "answer"
 
@@ -41,7 +42,8 @@ def about(samples, methods, pictures, folder: Path) -> dict:
     {(sample's key, method's key): path}; samples without a source picture or any edit are left out."""
     told = []
     for sample in samples:
-        edits = {m.key: str(pictures[sample.key, m.key]) for m in methods if (sample.key, m.key) in pictures}
+        there = [m.key for m in methods if (sample.key, m.key) in pictures and m.key != SOURCE]
+        edits = {key: str(pictures[sample.key, key]) for key in there}
         if sample.picture and edits:
             told.append({"key": sample.key, "source": sample.source, "target": sample.target,
                          "picture": str(sample.picture), "edits": edits})  # fmt: skip

@@ -24,7 +24,8 @@ def folder(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), "red").save(path)
     del pictures["s1", "zzz"]
-    methods = [SimpleNamespace(key=key, name=name) for key, name in METHODS.items()]
+    pictures["s0", rating.SOURCE] = samples[0].picture  # no edit, so it is not shown
+    methods = [SimpleNamespace(key=key, name=name) for key, name in [*METHODS.items(), (rating.SOURCE, "")]]
     told = rating.about(samples, methods, pictures, tmp_path)
     (tmp_path / rating.ABOUT).write_text(json.dumps(told))
     return tmp_path
