@@ -450,6 +450,22 @@ def install(model, references, controllers=(), blends=()):
     return model
 
 
+def bend_guidance(model, bend):
+    """A clone of MODEL that is guided by ``bend(difference)`` in the place of the difference (B, C, h, w) between its
+    clean predictions under the positive and under the negative. What other nodes do to guidance comes as well, each in
+    its turn; at a cfg of 1 the negative is drawn, too, since it takes part."""
+
+    def before(args):
+        guided, unguided = args["conds_out"][:2]
+        if unguided is None:
+            return args["conds_out"]
+        return [unguided + bend(guided - unguided), *args["conds_out"][1:]]
+
+    model = model.clone()
+    model.set_model_sampler_pre_cfg_function(before, disable_cfg1_optimization=True)
+    return model
+
+
 def keep_features(model, limit, tell):
     """A clone of MODEL whose edits keep at most ``limit`` bytes of their sources' features, and read them from there;
     ``tell(text)`` says how full it is after each sampling. Raises ValueError for a MODEL that cannot be edited."""

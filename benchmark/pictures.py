@@ -29,13 +29,15 @@ class Part:
     workflow saves it under, (node, input) for what is connected there, or (node, output, number of the picture), where
     a node is named by its title or class and is the first such. ``values`` are what this run has in the place of the
     workflow's own, {(title or class of nodes, input): value}; None takes a connection away. A ``sheet`` has its own
-    lettering and goes below the others.
+    lettering and goes below the others. ``behind`` is (class of a node, class of another, its inputs): the other is set
+    between the first and all that read its MODEL.
     """
 
     name: str
     shown: dict
     values: dict = field(default_factory=dict)
     sheet: bool = False
+    behind: tuple = ()
 
 
 PICTURE = {"picture": ("ImageScale", "IMAGE", 0)}
@@ -234,6 +236,17 @@ PAGES = {
         ),
     ],
     "AttunePromptSwap": [Part(SCENE, {"picture": "source", "red to yellow": "word swap", **PLAIN})],
+    "AttuneProximalGuidance": [
+        Part("Negative-prompt inversion", {**PICTURE, "without": "word swap"}),
+        *(
+            Part(
+                "Negative-prompt inversion",
+                {f"quantile {quantile}": "word swap"},
+                behind=("AttunePromptSwap", "AttuneProximalGuidance", {"quantile": quantile, "rule": "soft (l1)"}),
+            )
+            for quantile in (0.5, 0.8)
+        ),
+    ],
     "AttuneRecordTrajectory": [
         Part(
             "Record and edit a generated picture",
@@ -343,6 +356,13 @@ def draw(server: host.Server, info: dict, part: Part) -> list[Image.Image]:
                 del prompt[node]["inputs"][name]
             else:
                 prompt[node]["inputs"][name] = value
+    if part.behind:
+        key, kind, inputs = part.behind
+        edited = [matching(prompt, key)[0], 0]
+        readers = [(node, name) for node in prompt.values() for name, link in node["inputs"].items() if link == edited]
+        new = workflow.add(prompt, kind, model=edited, **inputs)
+        for node, name in readers:
+            node["inputs"][name] = new
     links, numbers = zip(*(socket(prompt, place, info) for place in part.shown.values()), strict=True)
     titles = [preview(prompt, link, info) for link in links]
     # What a file is read from later has to be written.
