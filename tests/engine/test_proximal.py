@@ -110,7 +110,7 @@ def test_on_an_edit_and_beside_others(bench):
         asked = []
         model = bench.model.clone() if order == "before" else on(bench.model, 0.5).clone()
         model.set_model_sampler_cfg_function(
-            lambda args: (asked.append(1), args["uncond"] + 5.0 * (args["cond"] - args["uncond"]))[1]
+            lambda args, asked=asked: (asked.append(1), args["uncond"] + 5.0 * (args["cond"] - args["uncond"]))[1]
         )
         model = on(model, 0.5) if order == "before" else model
         torch.testing.assert_close(draw(bench, model), draw(bench, on(bench.model, 0.5)), atol=2e-3, rtol=2e-3)
