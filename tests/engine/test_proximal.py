@@ -100,18 +100,23 @@ def test_the_higher_the_nearer_to_the_negative(bench):
     assert far[0] > far[1] > far[2] > 0
 
 
-def test_on_an_edit_and_beside_others(bench):
+def test_it_acts_on_an_edit(bench):
     edited, positive = prompt_swap(bench, 1)
     drawn = draw(bench, on(edited, 0.5), positive=positive)
     assert not torch.equal(drawn, draw(bench, edited, positive=positive))
     assert not torch.equal(drawn, draw(bench, on(bench.model, 0.5), positive=positive))
-    # Another node's guidance, before it or behind it in the graph, is still asked.
-    for order in ("before", "behind"):
-        asked = []
-        model = bench.model.clone() if order == "before" else on(bench.model, 0.5).clone()
-        model.set_model_sampler_cfg_function(
-            lambda args, asked=asked: (asked.append(1), args["uncond"] + 5.0 * (args["cond"] - args["uncond"]))[1]
-        )
-        model = on(model, 0.5) if order == "before" else model
-        torch.testing.assert_close(draw(bench, model), draw(bench, on(bench.model, 0.5)), atol=2e-3, rtol=2e-3)
-        assert len(asked) == 4
+
+
+@pytest.mark.parametrize("order", ["before", "behind"])
+def test_another_nodes_guidance_is_still_asked(bench, order):
+    asked = []
+
+    def guide(args):
+        asked.append(1)
+        return args["uncond"] + 5.0 * (args["cond"] - args["uncond"])
+
+    model = bench.model.clone() if order == "before" else on(bench.model, 0.5)
+    model.set_model_sampler_cfg_function(guide)
+    model = on(model, 0.5) if order == "before" else model
+    torch.testing.assert_close(draw(bench, model), draw(bench, on(bench.model, 0.5)), atol=2e-3, rtol=2e-3)
+    assert len(asked) == 4
