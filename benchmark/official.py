@@ -45,7 +45,8 @@ REMOVED = "their aligner lets the end and the padding look where a removed word 
 CORNER = "they take the mask's value in a token's corner, here a token takes the greatest value in it"
 EMPTY = "they then read all keys alike, a blur; here a query reads its own row"
 FREE = "their source row runs freely; here it is pinned to its trajectory, as their `ref_intermediate_latents` does"
-SCALED = "on these timesteps the picture is taken as lying at the noise of t = 0, and theirs as free of noise"
+UNBOUNDED = "their word's window bounds its factor, too; here a factor has word_windows of its own"
+FIFTY = 50  # steps, for which null-text inversion's rate and early stop are written; with others the pack scales them
 log = logging.getLogger("attune.bench")
 
 
@@ -108,7 +109,7 @@ class PromptToPrompt:
     """Their controllers and drawing: of their notebook where the clone has it, else of PnPInversion."""
 
     def __init__(self, sides, clones):
-        self.sides, self.steps, self.guidance = sides, sides.bench.steps, sides.bench.guidance
+        self.sides, self.steps, self.guidance, self.clones = sides, sides.bench.steps, sides.bench.guidance, clones
         self.model = sides.model(official_code.CrossAttention)
         self.extra = {"tokenizer": self.model.tokenizer, "device": "cpu", "num_ddim_steps": self.steps}
         folder = clones.get("prompt-to-prompt")
@@ -148,13 +149,17 @@ class PromptToPrompt:
         blend = None
         if case.inside:
             threshold, start, _ = editing_parity.BLEND
+            told = (case.source_inside, case.inside), (case.source_outside, case.outside)
             present = [
-                [[w for w in words if w in prompt.split(" ")] for prompt in prompts]
-                for words in (case.inside, case.outside)
+                [
+                    [word for word in words if word in prompt.split(" ")]
+                    for words, prompt in zip((ours or theirs, theirs), prompts, strict=True)
+                ]
+                for ours, theirs in told
             ]
             blend = official_code.fit(
                 small_blend(code.LocalBlend), prompts, present[0], substruct_words=present[1] if case.outside else None,
-                start_blend=start, th=(threshold, threshold), **self.extra,
+                start_blend=start, th=(threshold, case.outside_threshold or threshold), **self.extra,
             )  # fmt: skip
         given = prompts, self.steps, cross, case.self_
         last = None
@@ -217,11 +222,12 @@ class PromptToPrompt:
         with official_code.quiet():
             return inverter, inverter.ddim_loop(latent)
 
-    def ddim(self, scaled, number):
+    def ddim(self, number):
         caption = scenes.caption(self.sides.scenes[number])
         trajectory = self.sides.invert(number, caption, GRID, False)
-        path = self.sides.path(trajectory)
-        picture = path[-1] if scaled else path[-1] * (1 + trajectory.sigmas[-1] ** 2).sqrt()
+        path, bench = self.sides.path(trajectory), self.sides.bench
+        latent = bench.encode(bench.scenes(objects=2)[1][number : number + 1])
+        picture = host.to_model_scale(bench.model, latent["samples"]).float()
         theirs = self.inverted(picture, caption)[1][::-1]
         count = len(trajectory.sigmas)
         return torch.stack(path[:count]), torch.stack(theirs[:count]), None, None
@@ -242,9 +248,16 @@ class PromptToPrompt:
         return host_scale(ours, trajectory), theirs, plain, learned
 
     def inversions(self):
-        yield Check("DDIM inversion", "all latents, the same picture", functools.partial(self.ddim, True))
-        yield Check("DDIM inversion", "all latents, as wired", functools.partial(self.ddim, False), SCALED)
-        yield Check("Null-text inversion", "guided run under what was learned", self.null_text, bound=LEARNED)
+        yield Check("DDIM inversion", "all latents", self.ddim)
+        compared = f"guided run under what was learned, {FIFTY} steps"
+        yield Check("Null-text inversion", compared, self.null_text_of_fifty, bound=LEARNED)
+
+    def null_text_of_fifty(self, number):
+        bench = self.sides.bench
+        if bench.steps == FIFTY:
+            return self.null_text(number)
+        longer = Bench(bench.count, bench.seed, FIFTY, bench.guidance)
+        return PromptToPrompt(Sides(longer), self.clones).null_text(number)
 
 
 def keep_steps(controller):
@@ -295,9 +308,14 @@ DEPARTURES = {
     "swap, more tokens in the new word": WORDS_AFTER,
     "swap, fewer tokens in the new word": WORDS_AFTER,
     "refine, words removed": REMOVED,
+    "swap, a word of three for CLIP and one between spaces": WORDS_AFTER,
+    "re-weight after swap, the window not the factor's": UNBOUNDED,
 }
 # They keep all self-attention maps up to 1024 tokens, and cut a prompt at 77.
-LEFT_OUT = "swap, prompts over 77 tokens", "swap, the papers' timesteps"
+LEFT_OUT = (
+    "swap, prompts over 77 tokens", "swap, the papers' timesteps", "swap, cross-attention in layers 1-6 and 8",
+    "swap, self-attention in layers 4-14",
+)  # fmt: skip
 
 
 @functools.cache
