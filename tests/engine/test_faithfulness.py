@@ -19,7 +19,7 @@ METHODS = {
     "DDIM inversion", "Null-text inversion", "Direct inversion", "Negative-prompt inversion",
     "Prompt-to-Prompt, word swap", "Prompt-to-Prompt, refinement", "Prompt-to-Prompt, re-weighting",
     "Prompt-to-Prompt, local blend", "Free-Prompt-Editing", "MasaCtrl", "EmbCtrl", "Dynamic Prompt Learning",
-    "MaSaFusion", "CPAM",
+    "MaSaFusion", "CPAM", "Region Prompts",
 }  # fmt: skip
 # One row of each kind; the other engine tests hold the cases of Prompt-to-Prompt, FPE, MasaCtrl and the inversions.
 ROWS = (
@@ -104,6 +104,11 @@ def test_when_a_row_holds(found, holds):
 def test_departures_stand_apart():
     text = faithfulness.markdown([row(0.0, 1.0), row(0.0, 1.0, departs="because")])
     assert text.index("| c |") < text.index("departs on purpose") < text.index("because")
+
+
+def test_choices_stand_last():
+    text = faithfulness.markdown([row(0.0, 1.0, chosen="so"), row(0.0, 1.0, departs="because"), row(0.0, 1.0)])
+    assert text.index("because") < text.index("chooses otherwise than the paper") < text.index("| so |")
 
 
 @pytest.mark.parametrize(("worst", "code"), [(0.0, 0), (1.0, 1)])
