@@ -103,7 +103,7 @@ def cases(scene):
         "MasaCtrl, wide picture, masks": mutual(DRAWN, (16, 24), source_mask=soft[0], target_mask=soft[1]),
         "MasaCtrl, wide picture, masks of words": mutual(DRAWN, (16, 24), **words),
         "MasaCtrl, source mask, target words": mutual(source_mask=hard[0], target_words=shape, threshold=0.3),
-        "MasaCtrl, chosen layers and steps": mutual(layers="6, 10-12", steps="1, 3-99"),
+        "MasaCtrl, chosen layers and steps": mutual(layers="2, 6-14", steps="1, 3-99"),
         "MasaCtrl, union": mutual(**union),
         "MasaCtrl, union, masks": mutual(source_mask=hard[0], target_mask=hard[1], **union),
         "MasaCtrl, drawn picture, union, masks of words": mutual(DRAWN, **words, **union),

@@ -19,7 +19,7 @@ METHODS = {
     "DDIM inversion", "Null-text inversion", "Direct inversion", "Negative-prompt inversion",
     "Prompt-to-Prompt, word swap", "Prompt-to-Prompt, refinement", "Prompt-to-Prompt, re-weighting",
     "Prompt-to-Prompt, local blend", "Free-Prompt-Editing", "MasaCtrl", "EmbCtrl", "Dynamic Prompt Learning",
-    "MaSaFusion", "CPAM",
+    "MaSaFusion", "CPAM", "Region Prompts",
 }  # fmt: skip
 # One row of each kind; the other engine tests hold the cases of Prompt-to-Prompt, FPE, MasaCtrl and the inversions.
 ROWS = (
@@ -126,6 +126,11 @@ def test_the_page_of_dynamic_prompt_learning_is_not_its_code():
     assert float(page[1]) == pytest.approx(2 * float(code[1])) and float(page[2]) == pytest.approx(2 * float(code[2]))
     peak = float(reference_tokens.gaussian(maps[:, 4].view(4, 4)).max())
     assert float(page[0]) == pytest.approx(1 - peak) and float(code[0]) > float(page[0])
+
+
+def test_choices_stand_last():
+    text = faithfulness.markdown([row(0.0, 1.0, chosen="so"), row(0.0, 1.0, departs="because"), row(0.0, 1.0)])
+    assert text.index("because") < text.index("chooses otherwise than the paper") < text.index("| so |")
 
 
 @pytest.mark.parametrize(("worst", "code"), [(0.0, 0), (1.0, 1)])

@@ -328,3 +328,9 @@ def test_the_tenth_may_be_drawn_once():
 def test_a_target_of_everything_is_no_edit():
     assert not any(editing(OBJECT, ALL).edits(place(kind)) for kind in ("self", "cross"))
     assert editing(OBJECT, ALL, keep_object=True).edits(place())
+
+
+@pytest.mark.parametrize(("off", "left"), [("preservation", "cross"), ("extraction", "self")])
+def test_a_module_that_is_off_leaves_its_attention_alone(off, left):
+    edit = editing(OBJECT, OBJECT, **{off: False})
+    assert [kind for kind in ("self", "cross") if edit.edits(place(kind))] == [left]
