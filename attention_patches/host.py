@@ -752,6 +752,12 @@ class _Run:
                     f"The {name} holds {len(mask)} masks, but the sampler draws {len(x)} pictures; connect one mask, "
                     "or one for each picture."
                 )
+        if len(blended := sorted({blend.prompt for blend in self.spec.blends})) > 1:
+            self.tell(
+                f"Attune Local Blends of {len(blended)} target prompts ({', '.join(blended)}) bound each other, so an "
+                "edit shows only where all of them let it; give every Attune Local Blend the same target_prompt, or "
+                "sample each target by itself."
+            )
         found, negative = set(), NEGATIVE if any(c.both_halves for c in self.spec.controllers) else NONE
         for name, conds in guider.conds.items():
             for cond in conds:

@@ -31,7 +31,7 @@ from . import disk, gradient, negative_prompt
 from .ddim import draw, papers_sigmas
 from .trajectory import coarsest, one_text
 
-VERSION = "0.9.0"  # this pack's, as in pyproject.toml
+VERSION = "0.10.0"  # this pack's, as in pyproject.toml
 
 # Where packs hang functions that bend the prediction after the model has spoken.
 GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")

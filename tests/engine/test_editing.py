@@ -147,6 +147,16 @@ def test_words_of_one_prompt_alone_bound_a_blend(bench):
         blend(source_outside="zebra")
 
 
+def test_blends_of_two_targets_are_told_to_bound_each_other(bench, caplog):
+    first, positive = local_blend(bench, 1, inside="circle")
+    bench.sample(local_blend(bench, 1, first, inside="square")[0], positive)
+    assert "bound each other" not in caplog.text  # of one target that is what is meant
+    both, other = local_blend(bench, 1, first, inside="circle", target=REFINED)
+    bench.sample(both, positive + other)
+    assert f"of 2 target prompts ({REFINED}, {TARGET}) bound each other" in caplog.text
+    assert "sample each target by itself" in caplog.text
+
+
 def test_a_second_edit_of_words_is_refused(bench):
     edited, _ = prompt_swap(bench, 1)
     with pytest.raises(ValueError, match="already carries an edit of words to .* a second would undo it"):
