@@ -17,6 +17,7 @@ STEPS = 4
 METHODS = {
     "Noise levels", "DDIM step", "DDIM inversion step", "Text encoder", "T2I-Adapter", "Attention maps",
     "DDIM inversion", "Null-text inversion", "Direct inversion", "Negative-prompt inversion", "Negative-prompt inversion, interpolated",
+
     "Prompt-to-Prompt, word swap", "Prompt-to-Prompt, refinement", "Prompt-to-Prompt, re-weighting",
     "Prompt-to-Prompt, local blend", "Free-Prompt-Editing", "MasaCtrl", "EmbCtrl", "Dynamic Prompt Learning",
     "MaSaFusion", "CPAM", "Region Prompts",
