@@ -16,8 +16,8 @@ from attune.benchmark import faithfulness, reference_fusion, reference_preservin
 STEPS = 4
 METHODS = {
     "Noise levels", "DDIM step", "DDIM inversion step", "Text encoder", "T2I-Adapter", "Attention maps",
-    "DDIM inversion", "Null-text inversion", "Direct inversion", "Negative-prompt inversion", "Negative-prompt inversion, interpolated",
-
+    "DDIM inversion", "Null-text inversion", "Direct inversion", "Negative-prompt inversion",
+    "Negative-prompt inversion, interpolated",
     "Prompt-to-Prompt, word swap", "Prompt-to-Prompt, refinement", "Prompt-to-Prompt, re-weighting",
     "Prompt-to-Prompt, local blend", "Free-Prompt-Editing", "MasaCtrl", "EmbCtrl", "Dynamic Prompt Learning",
     "MaSaFusion", "CPAM", "Region Prompts",
