@@ -469,8 +469,19 @@ def around_edits(sides):
         ours = sides.ours(case, trajectory)
         return tuple(relative(ours, sides.theirs(case, trajectory, pinned=p)[1]) for p in (True, False))
 
+    def self_injection(number):
+        case = editing_parity.cases(sides.scenes[number])["swap"]
+        trajectory = by.trajectory(case, number)
+        theirs, printed = (by.theirs(one, trajectory)[1] for one in (case, replace(case, self_=(0.0, 0.0))))
+        return relative(by.ours(case, trajectory), theirs), relative(printed, theirs)
+
     section = P2P + "section 3.2"
     return [
+        Check(
+            "Prompt-to-Prompt, word swap", section, "self-attention until 0.4", self_injection, printed=True,
+            departs="the page exchanges cross-attention alone; the authors' code puts the source's self-attention in, "
+            "too, in layers of at most 32x32 tokens, as the defaults here (self_end 0 leaves it out)",
+        ),
         Check("Attention maps", P2P + "equation 1", "probabilities of all 32 layers in one pass",
               functools.partial(attention_maps, sides), bound=5e-5),
         Check("Prompt-to-Prompt, word swap", section, "source row", source_row),
@@ -634,6 +645,11 @@ def inversions(sides):
             *NULL, "updates over another number of steps than 50", unscaled, LEARNED,
             departs="the authors' code takes 0.01 (1 - i / 100) at step i of its 50 steps, which is below 0 from "
             "step 101 on; here i is the same share of 50, and of 50 steps both are the same",
+        ),
+        Check(
+            *DDIM, "epsilon at the later level", functools.partial(way, host.HOST_GRID, first), printed=True,
+            departs="as printed each latent is asked at its own level; the authors' codes ask at the next one, which is "
+            "the default here (epsilon)",
         ),
         Check(*DIRECT, "source branch, every step", functools.partial(direct, 1, 1.0), 0.0),
         Check(*DIRECT, "ablation: every third step, half of the way", functools.partial(direct, 3, 0.5)),
