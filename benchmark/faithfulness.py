@@ -648,8 +648,8 @@ def inversions(sides):
         ),
         Check(
             *DDIM, "epsilon at the later level", functools.partial(way, host.HOST_GRID, first), printed=True,
-            departs="as printed each latent is asked at its own level; the authors' codes ask at the next one, which is "
-            "the default here (epsilon)",
+            departs="as printed each latent is asked at its own level; the authors' codes ask at the next one, which "
+            "is the default here (epsilon)",
         ),
         Check(*DIRECT, "source branch, every step", functools.partial(direct, 1, 1.0), 0.0),
         Check(*DIRECT, "ablation: every third step, half of the way", functools.partial(direct, 3, 0.5)),
