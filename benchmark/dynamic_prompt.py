@@ -7,7 +7,16 @@
     dev.py bench dynamic-prompt speed     passes of the UNet, time and memory beside the cost of the authors' code
 
 Scenes are built to leak: their two objects share a colour, share a shape, or stand on a background of strong texture
-and light. ``--weights`` takes other weights than the demo model's, such as those trained without supervision of the
+and light. Figure 5(a) on pictures of your own, and on a Stable Diffusion 1.x checkpoint:
+
+    dev.py bench dynamic-prompt curve --checkpoint FILE --data manifest.json
+
+The file is a list of {"picture": path, "caption": "a {cat} and a {dog}", "masks": [path, path]}: at least two nouns in
+braces, and a black and white picture of each one's true place, in their order and of the picture's size, whose sides
+are multiples of 8, at best of 64. Paths are taken from the file's folder. Without ``--checkpoint`` the demo model looks
+at them. Table, curves and figures are kept in demo/run/ then.
+
+``--weights`` takes other weights than the demo model's, such as those trained without supervision of the
 attention. Every figure is printed, and kept in benchmark/dynamic_prompt.json.
 """
 
@@ -28,7 +37,7 @@ from PIL import Image, ImageDraw
 from ..attention_patches import background, maps, self_maps
 from ..attention_patches import host as patches
 from ..demo import checker, scenes
-from ..demo.measure import RUN, Bench, call
+from ..demo.measure import RUN, Bench, call, is_demo
 from ..demo.model import WEIGHTS, load_demo
 from ..inversion import dynamic_prompt, gradient, host, unfinished
 from ..inversion.ddim import as_asked
@@ -50,6 +59,7 @@ LEVEL, CLUSTERS, AGREEMENT = 256, 5, 0.2
 THRESHOLDS = torch.linspace(0, 1, 51)
 # The papers' 0.001 was chosen for CLIP's table; the demo's vectors, with a spread of 0.5 a number, are far larger.
 RATES = (0.001, 0.01, 0.03, 0.1)
+PAPERS_RATE = DynamicPrompt().rate
 log = logging.getLogger("attune.bench")
 
 
@@ -81,15 +91,108 @@ def draw_scenes(count, seed, which):
 class Batch:
     """Some scenes with one trajectory, and where the tokens of their captions look."""
 
-    scenes: list
+    scenes: list  # of the demo world; none of a user's pictures
     captions: list
     nouns: list  # a picture: W tuples of token positions
     pictures: torch.Tensor
-    masks: list  # a picture: (2, H, W)
+    masks: list  # a picture: (nouns, H, W)
     trajectory: Trajectory
     outside: list = field(default_factory=list)  # a picture: what its nouns must not look at (2, N), the background
     others: list = field(default_factory=list)  # the same by noun masks: all but a noun's own parts
-    seen: torch.Tensor | None = None  # (B, 2, h, w), along the trajectory
+    seen: torch.Tensor | None = None  # (B, W, h, w), along the trajectory
+
+    @property
+    def tokens(self):
+        """How many of a prompt's first tokens hold every noun."""
+        return max([20, *(p + 1 for nouns in self.nouns for at in nouns for p in at)])
+
+
+# ---- a user's pictures -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """One picture of a user: (H, W, 3) in 0..1, its caption, its nouns' token positions and true masks
+    (nouns, H, W)."""
+
+    picture: torch.Tensor
+    caption: str
+    nouns: list
+    masks: torch.Tensor
+
+
+def opened(path, mode):
+    """A picture's numbers in 0..1; "RGB" gives (H, W, 3), "L" (H, W)."""
+    try:
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.asarray(picture.convert(mode), np.float32) / 255)
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"names {path}, which is no picture that can be read ({problem})") from None
+
+
+def read_own(path, clip):
+    """The :class:`Own` pictures of a manifest. Raises ValueError, which names the entry and what it lacks."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"{path} cannot be read as JSON ({problem}); --data takes a list of pictures.") from None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} holds no list of pictures; see bench dynamic-prompt --help.")
+    found = []
+    for number, entry in enumerate(entries, 1):
+        try:
+            found.append(_own(path.parent, entry, clip, number))
+        except ValueError as problem:
+            raise ValueError(f"Entry {number} of {path.name} {problem}.") from None
+    return found
+
+
+def _own(folder, entry, clip, number):
+    wanted = {"picture": str, "caption": str, "masks": list}
+    lacks = [n for n, kind in wanted.items() if not isinstance(entry, dict) or not isinstance(entry.get(n), kind)]
+    if lacks or not all(isinstance(mask, str) for mask in entry["masks"]):
+        raise ValueError(f"needs a path as picture, a text as caption and a list of paths as masks, not {entry!r:.120}")
+    picture = opened(folder / entry["picture"], "RGB")
+    height, width = picture.shape[:2]
+    if height % 8 or width % 8:
+        raise ValueError(f"has a picture of {width}x{height}, but both sides must be multiples of 8; resize it")
+    try:
+        caption, nouns = patches.read_nouns(clip, entry["caption"], f"the caption of entry {number}")
+    except ValueError as problem:
+        raise ValueError(f"has a caption that cannot be used: {str(problem).rstrip('.')}") from None
+    if len(nouns) < 2 or len(nouns) != len(entry["masks"]):
+        raise ValueError(
+            f"has {len(nouns)} nouns in braces and {len(entry['masks'])} masks, but needs at least two nouns and one "
+            "mask of each"
+        )
+    masks = [opened(folder / mask, "L") for mask in entry["masks"]]
+    for name, mask in zip(entry["masks"], masks, strict=True):
+        if mask.shape != picture.shape[:2]:
+            size = f"{mask.shape[1]}x{mask.shape[0]}"
+            raise ValueError(f"has the mask {name} of {size}, but a picture of {width}x{height}; make them alike")
+        if not 0 < float((mask > 0.5).float().mean()) < 1:
+            raise ValueError(f"has the mask {name} that is all black or all white; paint the noun's place white")
+    return Own(picture, caption, [at for _, at in nouns], torch.stack(masks))
+
+
+def own_batches(bench, pictures, size):
+    """Batches of neighbours in the list that have the picture's size and the numbers of nouns and tokens in common."""
+
+    def kind(one):
+        return one.picture.shape, [len(at) for at in one.nouns]
+
+    done = 0
+    for _, alike in itertools.groupby(pictures, kind):
+        alike = list(alike)
+        for first in range(0, len(alike), size):
+            part = alike[first : first + size]
+            captions, together = [one.caption for one in part], torch.stack([one.picture for one in part])
+            text = bench.text(*captions)
+            trajectory = bench.invert(bench.encode(together), text)[0]
+            nouns, masks = [one.nouns for one in part], [one.masks for one in part]
+            yield with_background(bench, Batch([], captions, nouns, together, masks, trajectory), text)
+            done += len(part)
+            log.info("%d of %d pictures", done, len(pictures))
 
 
 def token_maps(bench, text, path, sigmas, count):
@@ -169,20 +272,25 @@ def prepare(bench, drawn, colours=False):
         for one in read
     ]  # fmt: skip
     masks = [torch.from_numpy(m) for _, m in rendered]
-    batch = Batch(drawn, captions, nouns, pictures, masks, trajectory)
-    found, parts = token_maps(bench, text, trajectory.latents, trajectory.sigmas, 20)
+    return with_background(bench, Batch(drawn, captions, nouns, pictures, masks, trajectory), text)
+
+
+def with_background(bench, batch, text):
+    """The batch with where its nouns look along its trajectory, and what each must not look at."""
+    trajectory = batch.trajectory
+    found, parts = token_maps(bench, text, trajectory.latents, trajectory.sigmas, batch.tokens)
     batch.seen = of_nouns(batch, found)
     for matrix, mine in zip(parts.average(), batch.seen, strict=True):
         labels = self_maps.clusters(matrix, CLUSTERS)
         owners, _ = background.owners(background.agreement(mine, labels, parts.grid, CLUSTERS), AGREEMENT)
-        found = background.masks(labels, owners, 2, parts.grid, mine.shape[1:]).flatten(1)
-        batch.outside += background.forbidden(found[:1], None, 2, 1)
-        batch.others += background.forbidden(found[:1], found[1:], 2, 1)
+        found = background.masks(labels, owners, len(mine), parts.grid, mine.shape[1:]).flatten(1)
+        batch.outside += background.forbidden(found[:1], None, len(mine), 1)
+        batch.others += background.forbidden(found[:1], found[1:], len(mine), 1)
     return batch
 
 
 def of_nouns(batch, found):
-    """(B, 2, h, w) of maps (T, B, h, w)."""
+    """(B, W, h, w) of maps (T, B, h, w)."""
     return torch.stack(
         [torch.stack([found[list(at), i].sum(0) for at in nouns]) for i, nouns in enumerate(batch.nouns)]
     )
@@ -210,9 +318,10 @@ def learn(bench, batch, settings, nulls=None, by_masks=False):
 
 
 def learned_maps(bench, batch, settings, by_masks=False):
-    """(B, 2, h, w): where the nouns look once they are learned, the mean of all steps."""
-    # Nothing is computed again here, where memory is no concern; the figures are the same.
-    with mock.patch.object(gradient, "checkpointed", lambda *_: contextlib.nullcontext()):
+    """(B, W, h, w): where the nouns look once they are learned, the mean of all steps."""
+    # Of the demo's scenes nothing is computed again, as memory is no concern there; the figures are the same.
+    free = mock.patch.object(gradient, "checkpointed", lambda *_: contextlib.nullcontext())
+    with free if batch.scenes else contextlib.nullcontext():
         done, grid = learn(bench, batch, settings, by_masks=by_masks)
     return done.seen[1].unflatten(-1, grid).cpu() / len(done)
 
@@ -221,7 +330,7 @@ def learned_maps(bench, batch, settings, by_masks=False):
 
 
 def overlaps(batch, seen):
-    """(B, thresholds): the mean IoU over a picture's nouns of their maps (B, 2, h, w), divided by their greatest value,
+    """(B, thresholds): the mean IoU over a picture's nouns of their maps (B, W, h, w), divided by their greatest value,
     above each threshold, with the true masks."""
     rows = []
     for mine, masks in zip(seen, batch.masks, strict=True):
@@ -278,15 +387,16 @@ def batches(bench, count, seed, which, size, colours=False):
         log.info("%d of %d scenes", min(first + size, count), count)
 
 
-def curve(bench, count, settings, size, wanted=()):
+def curve(bench, count, settings, size, wanted=(), own=()):
     """Null-text's maps are those along the trajectory, which is where its drawing goes; DDIM's those along drawing
-    under guidance without it."""
+    under guidance without it. ``own`` are a user's pictures, instead of the demo's scenes."""
     rows = {}
-    for batch in batches(bench, count, bench.seed, TEST, size):
+    for batch in own_batches(bench, own, size) if own else batches(bench, count, bench.seed, TEST, size):
         text, sigmas = bench.text(*batch.captions), batch.trajectory.sigmas
         trajectory = replace(batch.trajectory, conditioning=text)
         path = host.draw_again(bench.model, trajectory, bench.text(""), bench.guidance)
-        rows.setdefault(DDIM, []).append(overlaps(batch, of_nouns(batch, token_maps(bench, text, path, sigmas, 20)[0])))
+        seen = of_nouns(batch, token_maps(bench, text, path, sigmas, batch.tokens)[0])
+        rows.setdefault(DDIM, []).append(overlaps(batch, seen))
         rows.setdefault(NULL_TEXT, []).append(overlaps(batch, batch.seen))
         for name, variant in variants(settings, wanted).items():
             rows.setdefault(name, []).append(overlaps(batch, learned_maps(bench, batch, *variant)))
@@ -295,6 +405,7 @@ def curve(bench, count, settings, size, wanted=()):
     kinds = {
         kind: {name: part[number :: len(KINDS)] for name, part in rows.items()} for number, kind in enumerate(KINDS)
     }
+    kinds = {} if own else kinds
     shown = {name: [round(float(v), 3) for v in part.mean(0)[::5]] for name, part in rows.items()}
     return {
         "all": summary(rows),
@@ -560,6 +671,16 @@ PARTS = {
 }  # fmt: skip
 
 
+def keep_own(args, found, lines):
+    """What came of a user's pictures, beside the demo's own runs and not among the figures of the pack."""
+    where = f"{args.data.stem}{f'_{args.checkpoint.stem}' if args.checkpoint else ''}"
+    kept = RUN / f"dynamic_prompt_{where}.json"
+    RUN.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(found, indent=2) + "\n")
+    draw_curves(lines, kept.with_suffix(".png"))
+    log.info("%s\n\nkept in %s and as a picture beside it", table(found), kept)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
@@ -568,29 +689,41 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--rate", type=float, default=0.01)
+    parser.add_argument("--batch", type=int, help="scenes at a time; 12, or 1 of your own pictures")
+    parser.add_argument("--rate", type=float, help=f"0.01, or the papers' {PAPERS_RATE:g} of a checkpoint")
     parser.add_argument("--looks", type=int, default=5, help="inner steps")
     parser.add_argument("--disjoint", type=float, default=0.05)
     parser.add_argument("--background", type=float, default=0.05)
     parser.add_argument("--only", nargs="*", default=(), help="of the curves: these of the learned ones")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of another demo model")
+    parser.add_argument("--checkpoint", type=Path, help="a Stable Diffusion 1.x checkpoint; goes with --data")
+    parser.add_argument("--data", type=Path, help="a list of your own pictures, of the curve; see above")
     args = parser.parse_args()
+    if (args.checkpoint and not args.data) or (args.data and args.part != "curve"):
+        parser.error("--checkpoint needs pictures of your own, --data, which only the curve takes.")
+    real = args.checkpoint and not is_demo(args.checkpoint)
+    args.rate = args.rate or (PAPERS_RATE if real else 0.01)
+    args.batch = args.batch or (1 if args.data else 12)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     measure, count = PARTS[args.part]
     count, name = args.count or count, args.part
     settings = DynamicPrompt(rate=args.rate, inner=args.looks, disjoint=args.disjoint, background=args.background)
     with torch.inference_mode():
-        bench = Bench(count, args.seed, args.steps, args.guidance)
+        bench = Bench(count, args.seed, args.steps, args.guidance, args.checkpoint)
         if args.weights != WEIGHTS:
             bench.model, bench.clip, bench.vae = load_demo(args.weights)
             name += f", {args.weights.stem}"
-        extra = [args.only] if args.part == "curve" else []
+        own = read_own(args.data, bench.clip)[: args.count] if args.data else []
+        count = len(own) or count
+        extra = [args.only, own] if args.part == "curve" else []
         found = measure(bench, count, settings, args.batch, *extra)
     found, lines = found if args.part == "curve" else (found, None)
     used = {"scenes": count, "steps": args.steps, "guidance": args.guidance, "seed": args.seed} | asdict(settings)
     found = {"settings": used} | found
     log.info("%s: %s", name, json.dumps(found, indent=2))
+    if own:
+        keep_own(args, found, lines)
+        return
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(known | {name: found}, indent=2) + "\n")
     if lines:

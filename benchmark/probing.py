@@ -21,13 +21,24 @@ words that it shares the attention with. The demo model's attention was taught, 
 adjectives on their objects; Stable Diffusion's was not.
 
 The figures are printed, and kept in benchmark/probing.json.
+
+    dev.py bench probing --checkpoint FILE      the same of a Stable Diffusion 1.x checkpoint, with the paper's prompts
+
+These are "a <color> car", "a <color> <object>" and "a/an <animal> standing in the park", ten classes each. The paper
+names five colours, another in its text, and five animals, which are all here; the other classes, and the objects, are
+this file's. No pictures are needed: they are drawn, and one a class is kept in demo/run/ beside the figures. Whether
+they show what was asked for has to be looked at. Self-attention of more than ``--self-tokens`` picture tokens is
+averaged over squares of these, without which that of one 512x512 picture would take 67 MB a layer.
 """
 
 import argparse
 import json
 import logging
+import math
 import re
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import comfy.utils
@@ -39,7 +50,7 @@ from safetensors import safe_open
 from ..attention_patches.host import read_words
 from ..attention_patches.values import attention_map
 from ..demo import checker, scenes
-from ..demo.measure import Bench, call, save
+from ..demo.measure import RUN, Bench, call, is_demo, save
 from ..demo.model import WEIGHTS
 from ..inversion import host
 from ..nodes import invert, view
@@ -53,10 +64,21 @@ SETS = {
     "colours": (scenes.COLORS, lambda name, number: (name, SHAPE)),
     "colours of any shape": (scenes.COLORS, lambda name, number: (name, scenes.SHAPES[number % len(scenes.SHAPES)])),
 }
+# The paper's (section 3.3 and tables 1 to 3: the first five, and "coral"), filled up to ten.
+COLORS = "green", "white", "orange", "yellow", "red", "coral", "blue", "black", "purple", "pink"
+ANIMALS = "dog", "horse", "sheep", "leopard", "tiger", "cat", "rabbit", "cow", "bear", "elephant"
+CAR = "car"
+OBJECTS = CAR, "bus", "chair", "cup", "hat", "bag", "ball", "umbrella", "flower", "bird"
+PAPERS_SETS = {
+    "shapes": (ANIMALS, lambda name, number: ("", name)),
+    "colours": (COLORS, lambda name, number: (name, CAR)),
+    "colours of any shape": (COLORS, lambda name, number: (name, OBJECTS[number % len(OBJECTS)])),
+}
 ARTICLE, ADJECTIVE, NOUN, SELF = "article", "adjective", "noun", "self"
 OWN_WORD = {"shapes": NOUN, "colours": ADJECTIVE, "colours of any shape": ADJECTIVE}
 SHOWN = 3, 6, 9, 10, 12, 14, 16  # the layers of the paper's tables
 FOLDS = 4
+TOKENS = 256  # of self-attention, that are kept each by itself
 # Of the perceptron: its width, how often it is shown all maps, AdamW's rate and decay.
 HIDDEN, ROUNDS, RATE, DECAY = 64, 150, 3e-3, 1e-3
 MEAN, BESIDE = "mean", "beside"
@@ -75,18 +97,62 @@ CARRIES = 0.25  # share of the way from chance to always right from which on a m
 AHEAD = 0.05  # by how much an average has to lead to be called better
 PAIRS = (
     (
-        "Shapes are read better off the word's cross-attention than off self-attention",
+        "{shapes} are read better off the word's cross-attention than off self-attention",
         (1, "shapes", NOUN),
         (2, "shapes", SELF),
     ),
     (
-        "Colours are read better off the word's cross-attention than off self-attention",
+        "{colours} are read better off the word's cross-attention than off self-attention",
         (1, "colours", ADJECTIVE),
         (2, "colours", SELF),
     ),
-    (f'Colours are read better at "{SHAPE}" than at "a"', (3, "colours", NOUN), (3, "colours", ARTICLE)),
+    ('{colours} are read better at "{noun}" than at "a"', (3, "colours", NOUN), (3, "colours", ARTICLE)),
 )
+BLOCK = 40, 4  # pictures at a time, of the demo model and of a checkpoint
 log = logging.getLogger("attune.bench")
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------
+
+
+def prompt(color, shape):
+    return f"a {color} {shape} on a {BACKGROUND} background"
+
+
+def article(noun):
+    return "an" if noun[0] in "aeiou" else "a"
+
+
+def papers_prompt(color, noun):
+    """A colour's prompt, or, where it is "", an animal's."""
+    return f"a {color} {noun}" if color else f"{article(noun)} {noun} standing in the park"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Sets of classes and the prompts that they are drawn from; ``noun`` is that of the set "colours"."""
+
+    sets: dict
+    prompt: Callable
+    noun: str
+    names: dict = field(default_factory=dict)  # a set -> its name in tables, where it is another
+
+    def name(self, asked):
+        return self.names.get(asked, asked)
+
+    def positions(self, clip, color, noun):
+        """Where the words stand that are looked at; of two articles the first."""
+        text = self.prompt(color, noun)
+        words = {ARTICLE: text.split()[0], NOUN: noun} | ({ADJECTIVE: color} if color else {})
+        read = read_words(clip, text)
+        return {name: read.find(word)[0] for name, word in words.items()}
+
+
+DEMO = Prompts(SETS, prompt, SHAPE)
+PAPERS = Prompts(
+    PAPERS_SETS, papers_prompt, CAR,
+    {"shapes": "animals", "colours": "colours of a car", "colours of any shape": "colours of any object"},
+)  # fmt: skip
 
 
 # ---- maps --------------------------------------------------------------------------------------------------------
@@ -96,15 +162,17 @@ class Gathered:
     """The maps of B pictures: feed :meth:`add` every attention layer's call.
 
     ``positions`` maps a word's name to its tokens' positions. Cross-attention is kept for each of these words, summed
-    over its tokens, self-attention whole. Heads and steps are averaged ("mean") or stand side by side ("beside").
+    over its tokens, self-attention whole, or that of more than ``tokens`` picture tokens as :func:`squares` has it.
+    Heads and steps are averaged ("mean") or stand side by side ("beside").
     """
 
-    def __init__(self, positions, heads=MEAN, steps=MEAN):
-        self.positions, self.heads, self.steps = positions, heads, steps
+    def __init__(self, positions, heads=MEAN, steps=MEAN, tokens=TOKENS):
+        self.positions, self.heads, self.steps, self.tokens = positions, heads, steps, tokens
         self.found = {}  # map's name -> layer, in the order of the UNet -> what each step added, (B, width) fp32
 
     def add(self, place, own, heads):
-        p = attention_map(own.q, own.k, heads)
+        large = place.kind == "self" and place.tokens > self.tokens
+        p = squares(own, place.grid, heads, self.tokens) if large else attention_map(own.q, own.k, heads)
         p = p.mean(1, keepdim=True) if self.heads == MEAN else p
         maps = {SELF: p} if place.kind == "self" else {w: p[..., list(at)].sum(-1) for w, at in self.positions.items()}
         for name, one in maps.items():
@@ -120,38 +188,52 @@ class Gathered:
         return {name: [torch.cat(seen, 1) for seen in layers.values()] for name, layers in self.found.items()}
 
 
-def prompt(color, shape):
-    return f"a {color} {shape} on a {BACKGROUND} background"
+def squares(own, grid, heads, tokens):
+    """Self-attention (B, H, n, n) between squares of picture tokens, as few as leave n <= ``tokens``: the mean of how
+    much the tokens of one look at all of another together; rows sum to 1. One head's map is held at a time."""
+    side = next(f for f in range(1, max(grid) + 1) if math.ceil(grid[0] / f) * math.ceil(grid[1] / f) <= tokens)
+    rows, columns = (torch.arange(n) // side for n in grid)
+    member = torch.nn.functional.one_hot((rows[:, None] * (columns[-1] + 1) + columns).flatten()).to(own.q).float()
+    mean, width, found = (member / member.sum(0)).T, own.q.shape[-1] // heads, []
+    for q, k in zip(own.q.split(1), own.k.split(1), strict=True):
+        pairs = zip(q.split(width, -1), k.split(width, -1), strict=True)
+        found.append(torch.cat([mean @ (attention_map(*pair, 1)[0] @ member) for pair in pairs]))
+    return torch.stack(found)
 
 
 def positions(clip, color, shape):
     """Where the three words stand; of the two articles the object's."""
-    read = read_words(clip, prompt(color, shape))
-    return {ARTICLE: read.find("a")[0], ADJECTIVE: read.find(color)[0], NOUN: read.find(shape)[0]}
+    return DEMO.positions(clip, color, shape)
 
 
-def collect(bench, classes, describe, count, every, heads=MEAN, steps=MEAN, batch=40):
+def collect(
+    bench, classes, describe, count, every, heads=MEAN, steps=MEAN, batch=BLOCK[0], prompts=DEMO, side=16, tokens=TOKENS
+):
     """Draws ``count`` pictures of each class of one of :data:`SETS`, and looks at every ``every``-th step of each.
 
-    Returns name of map -> one (classes, count, width) a layer; the shares of pictures that show their colour and their
-    shape; and the first picture of each class.
+    Latents are ``side`` x ``side``. Returns name of map -> one (classes, count, width) a layer; the shares of pictures
+    that show their colour and their shape, which is told of the demo's prompts only; and the first picture of each
+    class.
     """
     sigmas = host.schedule(bench.model, bench.steps, host.HOST_GRID)
     generator = torch.Generator().manual_seed(bench.seed)
-    noise = torch.randn(count, 4, 16, 16, generator=generator) * float(sigmas[0])
+    noise = torch.randn(count, 4, side, side, generator=generator) * float(sigmas[0])
     euler, found, marks, shown = call(custom.KSamplerSelect, "euler")[0], [], [], []
     for name in classes:
         for first in range(0, count, batch):
             kinds = [describe(name, number) for number in range(first, min(first + batch, count))]
-            text = bench.text(*(prompt(*k) for k in kinds))
+            text = bench.text(*(prompts.prompt(*k) for k in kinds))
             start = {"samples": host.to_host_scale(bench.model, noise[first : first + batch])}
             settings = False, bench.seed, bench.guidance, text, bench.text(""), euler, sigmas, start
             trajectory, latent = call(invert.AttuneRecordTrajectory, bench.model, *settings)[:2]
-            gathered = Gathered(positions(bench.clip, *kinds[0]), heads, steps)  # every word of the world is one token
+            at = prompts.positions(bench.clip, *kinds[0])  # every word of either set of prompts is one token
+            gathered = Gathered(at, heads, steps, tokens)
             view.look(bench.model, text, trajectory, every, gathered.add, lambda *_: None)
             found.append(gathered.maps())
             pictures = bench.decode(latent)
             shown += [pictures[0]] if first == 0 else []
+            if prompts is not DEMO:
+                continue
             drawn = [scenes.scene(BACKGROUND, scenes.thing(shape, color)) for color, shape in kinds]
             marks += [checker.grade(p.numpy(), s) for p, s in zip(pictures, drawn, strict=True)]
         log.info("drawn: %s", name)
@@ -161,7 +243,8 @@ def collect(bench, classes, describe, count, every, heads=MEAN, steps=MEAN, batc
         ]
         for name, layers in found[0].items()
     }
-    return maps, {k: round(float(np.mean([m[k] for m in marks])), 3) for k in ("colours", "shapes")}, shown
+    asked = ("colours", "shapes") if marks else ()
+    return maps, {k: round(float(np.mean([m[k] for m in marks])), 3) for k in asked}, shown
 
 
 # ---- probes ------------------------------------------------------------------------------------------------------
@@ -252,12 +335,18 @@ def table(parts):
 TITLES = {
     1: "Table 1. Probing accuracy of cross-attention maps in different layers",
     2: "Table 2. Probing accuracy of self-attention maps in different layers",
-    3: f'Table 3. Probing of cross-attention maps of other words of "a <colour> {SHAPE}"',
+    3: 'Table 3. Probing of cross-attention maps of other words of "a <colour> {noun}"',
 }
 
 
-def part_name(number, asked, name):
-    return {ARTICLE: 'colours, at "a"', NOUN: f'colours, at "{SHAPE}"'}[name] if number == 3 else asked
+def title(number, prompts=DEMO):
+    return TITLES[number].format(noun=prompts.noun)
+
+
+def part_name(number, asked, name, prompts=DEMO):
+    if number != 3:
+        return prompts.name(asked)
+    return {ARTICLE: 'colours, at "a"', NOUN: f'colours, at "{prompts.noun}"'}[name]
 
 
 def carries(accuracy, chance):
@@ -265,7 +354,7 @@ def carries(accuracy, chance):
     return (accuracy - chance) / (1 - chance) >= CARRIES
 
 
-def claims(found):
+def claims(found, prompts=DEMO):
     """For each of the paper's claims, in words, what it measured and what was measured here.
 
     ``found`` is {(table, set, map): {class: accuracies of all layers}}.
@@ -276,15 +365,16 @@ def claims(found):
         chance = 1 / len(found[key])
         said, seen = carries(PAPER[key], PAPER_CHANCE), carries(ours[key], chance)
         lines.append(
-            f"Table {key[0]}, {part_name(*key)}: the paper's maps {'carry' if said else 'do not carry'} "
+            f"Table {key[0]}, {part_name(*key, prompts)}: the paper's maps {'carry' if said else 'do not carry'} "
             f"the class, {PAPER[key]:.2f} where chance is {PAPER_CHANCE:.2f}; these {'do' if seen else 'do not'}, "
             f"{ours[key]:.2f} where chance is {chance:.2f}: {verdict[said == seen]}"
         )
+    words = {asked: prompts.name(asked).capitalize() for asked in ("shapes", "colours")} | {"noun": prompts.noun}
     for what, first, second in PAIRS:
         if {first, second} <= ours.keys():
             lines.append(
-                f"{what}: in the paper {PAPER[first]:.2f} against {PAPER[second]:.2f}, here {ours[first]:.2f} against "
-                f"{ours[second]:.2f}: {verdict[ours[first] - ours[second] > AHEAD]}"
+                f"{what.format(**words)}: in the paper {PAPER[first]:.2f} against {PAPER[second]:.2f}, here "
+                f"{ours[first]:.2f} against {ours[second]:.2f}: {verdict[ours[first] - ours[second] > AHEAD]}"
             )
     return lines
 
@@ -313,37 +403,55 @@ def main():
     parser.add_argument("--maps-of-steps", choices=(MEAN, BESIDE), default=MEAN)
     parser.add_argument("--values", choices=tuple(VALUES), default="probability")
     parser.add_argument("--components", type=int, help="leading components that a probe is given; all unless told")
+    parser.add_argument("--checkpoint", type=Path, help="a Stable Diffusion 1.x checkpoint, with the paper's prompts")
+    parser.add_argument("--size", type=int, help="of a checkpoint's pictures, in pixels; 512, or 128 of a demo model's")
+    parser.add_argument("--batch", type=int, help="pictures at a time; {}, or {} of a checkpoint's".format(*BLOCK))
+    parser.add_argument("--self-tokens", type=int, default=TOKENS, help="fewer need less memory; 256 take about 4 GB")
     args = parser.parse_args()
+    if args.size and (not args.checkpoint or args.size % 64):
+        parser.error("--size is a multiple of 64, and goes with --checkpoint.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     comfy.utils.PROGRESS_BAR_ENABLED = False
     began, found, drawn, pictures = time.perf_counter(), {}, {}, []
     with torch.inference_mode():
-        bench = Bench(args.count, args.seed, args.steps, args.guidance)
-    for asked, (classes, describe) in SETS.items():
+        bench = Bench(args.count, args.seed, args.steps, args.guidance, args.checkpoint)
+    prompts, size, block = DEMO, 128, BLOCK[0]
+    if args.checkpoint:
+        prompts, block = PAPERS, BLOCK[1]
+        size = args.size or (128 if is_demo(args.checkpoint) else 512)
+    for asked, (classes, describe) in prompts.sets.items():
         with torch.inference_mode():
-            joined = args.maps_of_heads, args.maps_of_steps
+            joined = args.maps_of_heads, args.maps_of_steps, args.batch or block, prompts, size // 8, args.self_tokens
             maps, drawn[asked], shown = collect(bench, classes, describe, args.count, args.every, *joined)
         pictures += shown
         for number, name in wanted(asked):
             layers = map(VALUES[args.values], maps[name])
             rows = torch.stack([probe(layer, args.seed, args.components) for layer in layers], 1).tolist()
             found[number, asked, name] = dict(zip(classes, rows, strict=True))
-        log.info("%s: probed, %s", asked, drawn[asked])
-    save("probing.png", pictures, max(len(classes) for classes, _ in SETS.values()))
-    tables = {n: {part_name(*key): rows for key, rows in found.items() if key[0] == n} for n in sorted(TITLES)}
+        log.info("%s: probed, %s", prompts.name(asked), drawn[asked])
+    stem = f"probing_{args.checkpoint.stem}" if args.checkpoint else "probing"
+    save(f"{stem}.png", pictures, max(len(classes) for classes, _ in prompts.sets.values()))
+    tables = {n: {part_name(*key, prompts): rows for key, rows in found.items() if key[0] == n} for n in sorted(TITLES)}
     for number, parts in tables.items():
-        log.info("\n%s\n\n%s", TITLES[number], table(parts))
-    log.info("\n%s", "\n".join(claims(found)))
+        log.info("\n%s\n\n%s", title(number, prompts), table(parts))
+    log.info("\n%s", "\n".join(claims(found, prompts)))
     log.info("\n%.0f seconds, %.0f of the processor's", time.perf_counter() - began, time.process_time())
     settings = {name.replace("_", " "): value for name, value in vars(args).items()}
-    header = host.versions() | {"weights' steps": weights_steps()} | settings | {"drawn as asked": drawn}
+    if args.checkpoint:
+        settings |= {"checkpoint": args.checkpoint.name, "size": size, "batch": args.batch or block}
+        header = host.versions() | settings | {"classes": {prompts.name(n): c for n, (c, _) in prompts.sets.items()}}
+    else:
+        settings = {name: settings[name] for name in settings if name not in ("checkpoint", "size", "batch")}
+        header = host.versions() | {"weights' steps": weights_steps()} | settings | {"drawn as asked": drawn}
     rounded = {
-        TITLES[number]: {
+        title(number, prompts): {
             name: {label: [round(v, 3) for v in row] for label, row in rows.items()} for name, rows in parts.items()
         }
         for number, parts in tables.items()
     }
-    RESULTS.write_text(written(header | rounded | {"the paper's claims": claims(found)}) + "\n")
+    kept = RUN / f"{stem}.json" if args.checkpoint else RESULTS
+    kept.write_text(written(header | rounded | {"the paper's claims": claims(found, prompts)}) + "\n")
+    log.info("kept in %s", kept)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,13 @@ import json
 import logging
 from pathlib import Path
 
+import comfy.sd
+import comfy.supported_models
 import comfy_extras.nodes_custom_sampler as custom
+import folder_paths
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 import nodes as stock
 
@@ -26,6 +30,7 @@ from ..inversion import host as runs
 from ..inversion.report import decibels
 from ..nodes import demo, edit, invert, sheet
 from . import checker, scenes
+from .model import load_demo
 
 HERE = Path(__file__).parent
 RUN = HERE / "run"
@@ -39,11 +44,43 @@ def call(node, *args, **kwargs):
     return getattr(node(), node.FUNCTION)(*args, **kwargs)
 
 
-class Bench:
-    """The demo model and held-out scenes, the same ones for every seed."""
+def is_demo(path):
+    """Whether a file holds a demo model's weights, which the host's own loader does not know."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return "text.token_ids" in set(file.keys())
+    except (OSError, SafetensorError):
+        return False
 
-    def __init__(self, count, seed, steps, guidance):
-        self.model, self.clip, self.vae = call(demo.AttuneDemoCheckpoint)
+
+def load_checkpoint(path):
+    """MODEL, CLIP and VAE of a file: a Stable Diffusion 1.x checkpoint by the host's own loader, or a demo model's
+    weights. Raises ValueError for a file that is not there, and for a checkpoint of another kind."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}; --checkpoint takes the path of a Stable Diffusion 1.x checkpoint.")
+    if is_demo(path):
+        return load_demo(path)
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=embeddings)[:3]
+    config = getattr(getattr(model, "model", None), "model_config", None)
+    plain = isinstance(config, comfy.supported_models.SD15) and config.unet_config.get("in_channels", 4) == 4
+    if not plain or clip is None or vae is None:
+        kind = type(config).__name__ if config is not None else "no diffusion model"
+        raise ValueError(
+            f"{path.name} holds {kind}{' that reads more than a latent' * (not plain and kind == 'SD15')}, but a "
+            "whole Stable Diffusion 1.x checkpoint is needed, with its text encoder and autoencoder; give --checkpoint "
+            "another file."
+        )
+    return model, clip, vae
+
+
+class Bench:
+    """The demo model, or the checkpoint of a path, and held-out scenes, the same ones for every seed."""
+
+    def __init__(self, count, seed, steps, guidance, checkpoint=None):
+        loaded = load_checkpoint(checkpoint) if checkpoint else call(demo.AttuneDemoCheckpoint)
+        self.model, self.clip, self.vae = loaded
         self.count, self.seed, self.steps, self.guidance = count, seed, steps, guidance
 
     def scenes(self, objects=None):

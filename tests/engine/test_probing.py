@@ -1,14 +1,16 @@
 """The probing benchmark: what it gathers, that its networks learn what is there and only that, how it is printed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from attune.attention_patches.values import QKV, Place, attention_map
 from attune.benchmark import probing
-from attune.demo import scenes
+from attune.demo import measure, scenes
 from attune.demo.measure import Bench
+from attune.demo.model import WEIGHTS
 
 CLASSES, NOISES = ("circle", "star"), 20
 
@@ -132,3 +134,99 @@ def test_the_file_is_short_and_json():
     found = {"a": {"b": [0.1, 0.2]}, "c": [], "d": "[1,\n 2]", "e": ["x", "y"]}
     text = probing.written(found)
     assert json.loads(text) == found and "[0.1, 0.2]" in text and '"x",\n' in text
+
+
+# ---- a checkpoint of the user's ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """The demo's weights by the path of a copy, and the model that they make."""
+    path = tmp_path_factory.mktemp("checkpoint") / "mine.safetensors"
+    path.write_bytes(WEIGHTS.read_bytes())
+    with torch.inference_mode():
+        return path, Bench(0, 0, 2, 5.0, path)
+
+
+def test_a_checkpoint_s_path_gives_the_same_maps(given, collected):
+    maps = probing.collect(given[1], CLASSES, probing.SETS["shapes"][1], 2, 1)[0]
+    for name, layers in collected[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(layers, maps[name], strict=True)), name
+
+
+def test_the_paper_s_prompts():
+    assert {len(set(classes)) for classes, _ in probing.PAPERS.sets.values()} == {10}
+    drawn = {
+        asked: [probing.PAPERS.prompt(*describe(name, 1)) for name in classes]
+        for asked, (classes, describe) in probing.PAPERS.sets.items()
+    }
+    assert drawn["colours"][:2] == ["a green car", "a white car"]
+    assert drawn["colours of any shape"][0] == "a green bus"
+    assert drawn["shapes"][0] == "a dog standing in the park" and drawn["shapes"][-1].startswith("an elephant standing")
+
+
+def test_every_word_of_the_paper_s_prompts_is_one_token_in_its_place(bench):
+    for classes, describe in probing.PAPERS.sets.values():
+        for name in classes:
+            for number in range(len(probing.OBJECTS)):
+                color, noun = describe(name, number)
+                at = probing.PAPERS.positions(bench.clip, color, noun)
+                want = {probing.ARTICLE: (1,), probing.ADJECTIVE: (2,), probing.NOUN: (3,)}
+                assert at == (want if color else {probing.ARTICLE: (1,), probing.NOUN: (2,)}), (color, noun)
+
+
+def test_large_self_attention_is_kept_by_squares():
+    """Whole probabilities, summed over the tokens of a square that are looked at, averaged over those that look."""
+    q, k = torch.randn(2, 2, 24, 6).unbind()
+    own, grid = QKV(q, k, k), (4, 6)
+    assert torch.allclose(probing.squares(own, grid, 3, 24), attention_map(q, k, 3), atol=1e-6)
+    found, whole = probing.squares(own, grid, 3, 6), attention_map(q, k, 3)
+    assert found.shape == (2, 3, 6, 6) and torch.allclose(found.sum(-1), torch.ones(2, 3, 6), atol=1e-5)
+    cells = [[6 * (2 * y + dy) + 2 * x + dx for dy in (0, 1) for dx in (0, 1)] for y in range(2) for x in range(3)]
+    for i, asks in enumerate(cells):
+        for j, seen in enumerate(cells):
+            want = whole[:, :, asks][..., seen].sum(-1).mean(-1)
+            assert torch.allclose(found[:, :, i, j], want, atol=1e-6)
+
+
+def test_the_command_with_a_checkpoint(given, tmp_path, monkeypatch):
+    """Its tables have the paper's words, and benchmark/probing.json stays as it is."""
+    before = probing.RESULTS.read_bytes()
+    few = {asked: (classes[:2], describe) for asked, (classes, describe) in probing.PAPERS.sets.items()}
+    monkeypatch.setattr(probing, "PAPERS", replace(probing.PAPERS, sets=few))
+    monkeypatch.setattr(probing, "RUN", tmp_path)
+    monkeypatch.setattr(measure, "RUN", tmp_path)
+    monkeypatch.setattr(probing, "ROUNDS", 2)
+    monkeypatch.setattr("comfy.utils.PROGRESS_BAR_ENABLED", True)  # what the command changes is put back
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    monkeypatch.setattr(
+        "sys.argv", ["probing", "--checkpoint", str(given[0]), "--count", "4", "--steps", "1", "--self-tokens", "64"]
+    )
+    probing.main()
+    found = json.loads((tmp_path / "probing_mine.json").read_text())
+    assert probing.RESULTS.read_bytes() == before and (tmp_path / "probing_mine.png").is_file()
+    first, second, third = (part for title, part in found.items() if title.startswith("Table"))
+    assert list(first) == list(second) == ["animals", "colours of a car", "colours of any object"]
+    assert list(third) == ['colours, at "a"', 'colours, at "car"'] and list(first["animals"]) == ["dog", "horse"]
+    assert found["checkpoint"] == "mine.safetensors" and found["size"] == 128 and len(first["animals"]["dog"]) == 16
+    assert any("Animals are read better off" in line for line in found["the paper's claims"])
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path, monkeypatch):
+    """The host's own loader reads what is no demo model; what it finds has to be Stable Diffusion 1.x as a whole."""
+    with pytest.raises(ValueError, match="There is no file"):
+        measure.load_checkpoint(tmp_path / "none.safetensors")
+    path = tmp_path / "other.ckpt"
+    path.write_bytes(b"other")
+    asked, model = [], Bench(0, 0, 2, 5.0)
+    parts = [model.model, model.clip, model.vae, None]
+
+    def load(path, embedding_directory=None):
+        asked.append(path)
+        return tuple(parts)
+
+    monkeypatch.setattr("comfy.sd.load_checkpoint_guess_config", load)
+    assert measure.load_checkpoint(path) == tuple(parts[:3]) and asked == [str(path)]
+    parts[1] = None
+    with pytest.raises(ValueError, match="other.ckpt holds SD15, but a whole Stable Diffusion 1.x checkpoint is"):
+        measure.load_checkpoint(path)
