@@ -11,7 +11,8 @@
     python3 dev.py schemas                      write down anew what nodes promise to saved graphs, say what changes
     python3 dev.py train|score ARGS             train or measure the demo model
     python3 dev.py bench ARGS                   inversions: quality, speed, parity; edits: edits, self-edits, layers,
-                                                cost, edit-parity, self-parity; what attention maps know: probing;
+                                                proximal, cost, edit-parity, self-parity;
+                                                what attention maps know: probing;
                                                 dynamic-prompt: where learned words look; edits from a sketch: fusion;
                                                 everything side by side: run, over ComfyUI servers and data sets;
                                                 faithfulness; time; full-size; workflows with mistakes in them: graphs;
@@ -65,7 +66,7 @@ BENCHES = {
     "faithfulness": "benchmark.faithfulness", "full-size": "benchmark.full_size", "time": "benchmark.timing",
     "pictures": "benchmark.pictures", "emblem": "benchmark.emblem", "graphs": "benchmark.graphs",
     "files": "benchmark.files", "sweep": "benchmark.sweep", "official": "benchmark.official",
-    "rate": "benchmark.rating",
+    "rate": "benchmark.rating", "proximal": "benchmark.proximal",
 }  # fmt: skip
 DEMO = ROOT / "workflows" / "api" / "Attune - Demo word swap.json"
 

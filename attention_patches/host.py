@@ -459,10 +459,23 @@ def bend_guidance(model, bend):
         guided, unguided = args["conds_out"][:2]
         if unguided is None:
             return args["conds_out"]
-        return [unguided + bend(guided - unguided), *args["conds_out"][1:]]
+        bent = unguided + bend(guided - unguided)
+        bent.predicted = getattr(guided, "predicted", guided)
+        return [bent, *args["conds_out"][1:]]
+
+    def behind(args):
+        """What others add behind guidance goes by what the model predicted: perturbed attention takes a prediction of
+        its own off it, and multiplies the rest. The host hands all of them the one tensor that was guided with."""
+        guided = args["cond_denoised"]
+        if hasattr(guided, "predicted"):
+            guided.copy_(guided.predicted)
+        return args["denoised"]
 
     model = model.clone()
     model.set_model_sampler_pre_cfg_function(before, disable_cfg1_optimization=True)
+    model.set_model_sampler_post_cfg_function(behind, disable_cfg1_optimization=True)
+    others = model.model_options["sampler_post_cfg_function"]
+    others.insert(0, others.pop())
     return model
 
 

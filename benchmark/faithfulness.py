@@ -32,7 +32,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 import nodes as stock
 
-from ..attention_patches import alignment
+from ..attention_patches import alignment, proximal
 from ..attention_patches import host as patches
 from ..attention_patches import masked_fusion as fusion_rules
 from ..attention_patches.values import attention_map, first_step
@@ -42,7 +42,7 @@ from ..demo.measure import Bench, call
 from ..demo.text import HEADS
 from ..inversion import ddim, dynamic_prompt, host, null_text
 from ..inversion.trajectory import negative_of
-from ..nodes import edit, fusion, invert, self_attention, tokens
+from ..nodes import edit, fusion, guidance, invert, self_attention, tokens
 from ..nodes import mask as mask_nodes
 from . import dynamic_prompt as words
 from . import editing_parity, families_parity, inversion, reference, reference_p2p, self_parity
@@ -527,6 +527,10 @@ DDIM = "DDIM inversion", "Song et al. 2021, equation 12 turned round; null-text'
 NULL = "Null-text inversion", "Mokady et al. 2023, algorithm 1"
 DIRECT = "Direct inversion", "Ju et al. 2024"
 NEGATIVE = "Negative-prompt inversion", "Miyake et al. 2023"
+# The hard rule drops a value or not, which rounding may decide for one at the threshold. Of an even number of values,
+# this quantile lies in the middle between two.
+MIDDLE = 0.5
+PROXIMAL = "Proximal guidance", "Han et al. 2024, proximal operators of the l1 and l0 norm"
 EMBCTRL = "EmbCtrl", "MaSaFusion, appendix B, equation 12 and algorithm 4"
 
 
@@ -658,6 +662,50 @@ def inversions(sides):
         Check("Negative-prompt inversion, interpolated", "Han et al. 2024, authors' code", "the negative's embedding",
               functools.partial(between, 0.3)),
     ]
+
+
+def proximal_guidance(sides):
+    """Plain sampling after negative-prompt inversion."""
+    bench = sides.bench
+
+    def drawn(quantile, rule, number):
+        """The pack's last latents, and how to draw the plain implementation's."""
+        after = self_parity.cases(sides.scenes[number])["FPE"].target
+        trajectory = sides.invert(number, sides.caption(number), host.HOST_GRID, False)
+        learned, away = call(invert.AttuneNegativePromptInversion, trajectory)
+        model, positive = call(guidance.AttuneProximalGuidance, bench.model, quantile, rule)[0], bench.text(after)
+        texts = positive[0][0].float(), away[0][0].float()
+        given = sides.network, GRIDS[host.HOST_GRID], sides.plain(learned)[0], *texts, bench.guidance, bench.steps
+        return sides.drawn(model, positive, away, learned), functools.partial(reference.proximal, *given)
+
+    def measure(quantile, rule, number):
+        ours, draw = drawn(quantile, rule, number)
+        theirs, free = (draw(share, rule == proximal.SOFT)[-1] for share in (quantile, 0.0))
+        return relative(ours, theirs), relative(free, theirs)
+
+    def departure(quantile, rule, quirk, number):
+        ours, draw = drawn(quantile, rule, number)
+        page, code = (draw(quantile, rule == proximal.SOFT, **more)[-1] for more in ({}, quirk))
+        return relative(ours, page), relative(ours, code)
+
+    return [
+        *(
+            Check(*PROXIMAL, f"last latents: {rule}, quantile {quantile:g}", functools.partial(measure, quantile, rule))
+            for rule, quantile in ((proximal.SOFT, 0.4), (proximal.SOFT, 0.7), (proximal.HARD, MIDDLE))
+        ),
+        Check(
+            *PROXIMAL, "whose differences the quantile is of",
+            functools.partial(departure, 0.7, proximal.SOFT, {"together": True}),
+            departs="the authors' code takes it over source and target together; the source's differences are all 0 "
+            "there, so that a share of 0.75 is 0.5 of the target's",
+        ),
+        Check(
+            *PROXIMAL, "what is left under the l0 norm",
+            functools.partial(departure, MIDDLE, proximal.HARD, {"shrink": True}),
+            departs="its proximal operator leaves large values as they are; the authors' code brings them nearer to 0 "
+            "by the threshold, as the l1 norm's does",
+        ),
+    ]  # fmt: skip
 
 
 def embedding_control(sides):
@@ -1278,6 +1326,7 @@ def checks(sides):
     return [
         *formulas(sides),
         *inversions(sides),
+        *proximal_guidance(sides),
         *around_edits(sides),
         *edits(sides, editing_parity, sides.prompts),
         *edits(sides, self_parity, sides),

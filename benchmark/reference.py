@@ -170,3 +170,31 @@ def direct(unet, scheduler_kind, latents, cond, null, guidance=7.5, every=1, sca
         # lerp is rec + scale * (latents[i + 1] - rec), and exact at scale 1.
         branch.append(torch.lerp(rec, latents[i + 1], scale) if i % every == 0 else rec)
     return branch
+
+
+@torch.no_grad()
+def proximal(unet, scheduler_kind, noise, cond, null, guidance, steps, quantile, soft, together=False, shrink=False):
+    """Draws under proximal guidance (Han et al. 2024, "ProxEdit"): of the difference of both predictions only what the
+    proximal operator leaves of it is followed, at each step under a threshold of its own.
+
+    ``noise`` (1, 4, h, w), ``cond`` and ``null`` (1, 77, width); the threshold is the ``quantile`` of the difference's
+    absolute values. ``soft`` is the operator of the l1 norm, else that of the l0 norm. The authors' code: ``together``
+    reckons the quantile over source and target rows, where the source, whose prompt is the negative, has differences
+    of 0; ``shrink`` moves values towards 0 once under the name l0.
+
+    Returns S + 1 latents, from noise to picture.
+    """
+    ddim = scheduler(scheduler_kind, steps)
+    latents = [noise]
+    for t in ddim.timesteps.tolist():
+        away, towards = _predict_both(unet, latents[-1], t, null, cond)
+        delta = towards - away
+        sizes = delta.abs().flatten().tolist()
+        sizes = sorted(sizes + [0.0] * len(sizes) if together else sizes)
+        place = quantile * (len(sizes) - 1)
+        under = int(place)
+        over = min(under + 1, len(sizes) - 1)
+        limit = sizes[under] + (place - under) * (sizes[over] - sizes[under])
+        followed = F.softshrink(delta, limit) if soft or shrink else F.hardshrink(delta, limit)
+        latents.append(ddim.step(away + guidance * followed, t, latents[-1]).prev_sample)
+    return latents

@@ -15,11 +15,13 @@ from comfy.ldm.modules import attention
 import nodes as stock
 from attune.attention_patches import host as patches
 from attune.attention_patches.masked_fusion import INSIDE, OUTSIDE
+from attune.attention_patches.proximal import SOFT
 from attune.inversion import host as runs
 from attune.inversion.trajectory import Trajectory
 from attune.nodes.demo import AttuneDemoCheckpoint
 from attune.nodes.edit import AttuneLocalBlend, AttunePromptRefine, AttunePromptReweight, AttunePromptSwap
 from attune.nodes.fusion import AttuneMaskedFusion
+from attune.nodes.guidance import AttuneProximalGuidance
 from attune.nodes.self_attention import (
     AttuneContextPreserving,
     AttuneFreePromptEditing,
@@ -234,6 +236,11 @@ def masked_fusion(bench, strength, model=None):
     )[:2]  # fmt: skip
 
 
+def proximal_guidance(bench, strength, model=None):
+    """It knows no source, so what it does shows on plain sampling."""
+    return outputs(AttuneProximalGuidance, model or bench.model, 0.5 * strength, SOFT)[0], bench.text(TARGET)
+
+
 # Every method that edits a MODEL joins here, and with that every contract test.
 METHODS = {
     "prompt swap": prompt_swap,
@@ -245,6 +252,7 @@ METHODS = {
     "context preserving": object_kept,
     "region prompts": region_prompts,
     "masked fusion": masked_fusion,
+    "proximal guidance": proximal_guidance,
 }
 QUICK = {masked_fusion: {"height": 8, "steps": 3}}  # settings for those that take eight rows a step
 

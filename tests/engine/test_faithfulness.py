@@ -20,13 +20,13 @@ METHODS = {
     "Negative-prompt inversion, interpolated",
     "Prompt-to-Prompt, word swap", "Prompt-to-Prompt, refinement", "Prompt-to-Prompt, re-weighting",
     "Prompt-to-Prompt, local blend", "Free-Prompt-Editing", "MasaCtrl", "EmbCtrl", "Dynamic Prompt Learning",
-    "MaSaFusion", "CPAM", "Region Prompts",
+    "MaSaFusion", "CPAM", "Region Prompts", "Proximal guidance",
 }  # fmt: skip
 # One row of each kind; the other engine tests hold the cases of Prompt-to-Prompt, FPE, MasaCtrl and the inversions.
 ROWS = (
     "DDIM step, against", "DDIM inversion step", "Noise levels", "thresholds of all", "of random maps",
     "embedding, against transformers", "probabilities of all 32 layers",
-    "Negative-prompt inversion, last latents of the guided",
+    "Negative-prompt inversion, last latents of the guided", "Proximal guidance",
     "EmbCtrl, last latents, empty", "what every step's vectors learned", "what every step's null embedding learned",
     "of every look", "background mask", "features of every level", "intermediate picture, mixed", "target, latents",
     "target, own queries outside, latents", "target, layers and steps", "next turn's source",

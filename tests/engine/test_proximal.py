@@ -120,3 +120,27 @@ def test_another_nodes_guidance_is_still_asked(bench, order):
     model = on(model, 0.5) if order == "before" else model
     torch.testing.assert_close(draw(bench, model), draw(bench, on(bench.model, 0.5)), atol=2e-3, rtol=2e-3)
     assert len(asked) == 4
+
+
+@pytest.mark.parametrize("order", ["before", "behind"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_others_add_behind_guidance_goes_by_the_models_prediction(bench, order, times):
+    """Perturbed attention takes a prediction of its own off the prompt's; of a bent one, it would multiply the bend."""
+
+    def first_of(model):
+        seen = []
+        model.set_model_sampler_post_cfg_function(lambda args: (seen.append(args), args["denoised"])[1], True)
+        if order == "before" and model is not plain:
+            for _ in range(times):
+                model = on(model, 0.5)
+        draw(bench, model)
+        return seen[0]
+
+    plain = bench.model.clone()
+    bent = bench.model.clone()
+    for _ in range(times if order == "behind" else 0):
+        bent = on(bent, 0.5)
+    given, found = first_of(plain), first_of(bent)
+    for key in ("cond_denoised", "uncond_denoised"):
+        torch.testing.assert_close(found[key], given[key], atol=1e-4, rtol=1e-4)
+    assert (found["denoised"] - given["denoised"]).abs().max() > 0.01

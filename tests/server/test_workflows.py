@@ -35,6 +35,7 @@ TITLES = {
     "Attune - Negative-prompt inversion": (
         "reconstruction, with an empty negative, word swap, contact sheet, inversion report"
     ),
+    "Attune - Proximal guidance": "reconstruction, without proximal guidance, word swap, contact sheet",
     "Attune - Refine a prompt": "pinned source, refined, without attention control, contact sheet",
     "Attune - Re-weight a word": "a word of the caption raised, new word raised, new word lowered, contact sheet",
     "Attune - Local blend": "pinned source, word swap, with local blend, blend mask, contact sheet",
