@@ -31,7 +31,7 @@ from .official_code import LEARNED, Check
 
 GRID = host.PAPERS_GRID
 STEPS = 50
-LOOKS, NULLS = 5, 2  # the most looks a step at the words, and updates a step of the empty text's embedding
+LOOKS, NULLS = 3, 2  # the most looks a step at the words, and updates a step of the empty text's embedding
 # Thresholds' starts, between what the demo model's words begin and end at, so that some steps stop early.
 BETA, ALPHA = (0.9, 0.95, 0.95), (25.0, 25.0, 50.0)
 CLUSTERS = 5
@@ -122,6 +122,7 @@ class Words:
         class Told(self.code.StableDiffusion_MyPipeline):
             _execution_device = device = torch.device("cpu")
             vae_scale_factor = host.PIXELS
+            config = SimpleNamespace()
 
             def __init__(self):
                 pass
