@@ -31,12 +31,11 @@ from ..inversion import host
 from ..inversion.report import psnr
 from ..inversion.trajectory import negative_of
 from ..nodes import invert
-from . import editing_parity, official_code, reference, self_parity
+from . import editing_parity, official_code, official_tokens, reference, self_parity
 from .inversion import relative
+from .official_code import LEARNED, SAME, Check
 
 PAGE = Path(__file__).parent / "OFFICIAL.md"
-SAME = 1e-4  # of the latents' size; rounding leaves a tenth of it
-LEARNED = 2e-2  # what Adam learns: its first steps are the gradient's sign, which rounding turns where it is nearly 0
 GRID, THEIRS = host.PAPERS_GRID, reference.OFFSET_0
 NOTEBOOK = "null_text_w_ptp.ipynb"
 INNER = 5  # updates a step of null-text inversion
@@ -48,19 +47,6 @@ FREE = "their source row runs freely; here it is pinned to its trajectory, as th
 UNBOUNDED = "their word's window bounds its factor, too; here a factor has word_windows of its own"
 FIFTY = 50  # steps, for which null-text inversion's rate and early stop are written; with others the pack scales them
 log = logging.getLogger("attune.bench")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row. ``measure(number)`` gives, for the held-out scene ``number``, the pack's latents, theirs, and what
-    theirs are without the method or None, each (1, 4, h, w) or other tensors of one shape, and the trajectory to
-    decode them by, or None. ``departs``: why they must not be the same."""
-
-    method: str
-    compared: str
-    measure: object
-    departs: str = ""
-    bound: float = SAME
 
 
 @dataclass(frozen=True)
@@ -499,6 +485,8 @@ PARTS = (
     ("MasaCtrl", ("MasaCtrl",), MasaCtrl, "checks"),
     ("Free-Prompt-Editing", ("EasyNLP",), FreePrompt, "checks"),
     ("Direct inversion", ("PnPInversion",), Direct, "checks"),
+    ("Dynamic Prompt Learning", ("DPL",), official_tokens.Words, "checks"),
+    ("T2I-Adapter", ("T2I-Adapter",), official_tokens.Adapter, "checks"),
 )
 
 
@@ -508,6 +496,8 @@ def lacking(title, clones):
     if not any(name in clones for name in needs):
         places = " or ".join(f"{name} ({official_code.REPOSITORIES[name]})" for name in needs)
         return f"{title} is skipped: there is no clone of {places}."
+    if title == "T2I-Adapter" and not official_code.file_of(clones[title], official_tokens.ADAPTER):
+        return f"{title} is skipped: its clone has no branch {official_code.BRANCHES[title]}; git fetch origin brings it."
     # The controllers of Prompt-to-Prompt are in a notebook alone; PnPInversion has them as a file.
     alone = "prompt-to-prompt" in needs and "PnPInversion" not in clones
     if alone and not (clones["prompt-to-prompt"] / NOTEBOOK).is_file():

@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,16 +26,37 @@ from diffusers.models.attention_processor import Attention
 from ..inversion import host
 from . import reference
 
-# Imported at the top of their files, and used to load, show and save pictures only.
+# Imported at the top of their files, and used to load, show and save pictures, for clusters that are not compared, and
+# as the name of a kind, only.
 FOR_SHOW = ("cv2", "IPython", "IPython.display", "pytorch_lightning", "matplotlib", "matplotlib.pyplot",
-            "matplotlib.backends", "matplotlib.backends.backend_agg", "tqdm.notebook")  # fmt: skip
+            "matplotlib.backends", "matplotlib.backends.backend_agg", "tqdm.notebook", "sklearn", "sklearn.cluster",
+            "sklearn.decomposition", "sklearn.metrics", "sklearn.metrics.cluster",
+            "diffusers.models.cross_attention")  # fmt: skip
+SAME = 1e-4  # of the latents' size; rounding leaves a tenth of it
+LEARNED = 2e-2  # what Adam learns: its first steps are the gradient's sign, which rounding turns where it is nearly 0
 SCALE = 0.18215  # what they have latents times, in their autoencoder's own scale
 REPOSITORIES = {
     "prompt-to-prompt": "https://github.com/google/prompt-to-prompt",
     "MasaCtrl": "https://github.com/TencentARC/MasaCtrl",
     "EasyNLP": "https://github.com/alibaba/EasyNLP",
     "PnPInversion": "https://github.com/cure-lab/PnPInversion",
+    "DPL": "https://github.com/wangkai930418/DPL",
+    "T2I-Adapter": "https://github.com/TencentARC/T2I-Adapter",
 }
+BRANCHES = {"T2I-Adapter": "SD"}  # where it is not the one that a clone starts on
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row. ``measure(number)`` gives, for the held-out scene ``number``, the pack's latents, theirs, and what
+    theirs are without the method or None, each (1, 4, h, w) or other tensors of one shape, and the trajectory to
+    decode them by, or None. ``departs``: why they must not be the same."""
+
+    method: str
+    compared: str
+    measure: object
+    departs: str = ""
+    bound: float = SAME
 
 
 def find(folder):
@@ -43,12 +65,41 @@ def find(folder):
 
 
 def commit(folder):
-    """The commit of a clone, ten digits; "unknown commit" where there is no git or no history."""
+    """The commit of a clone, or of the branch of it that is read, ten digits; "unknown commit" where there is no git
+    or no history."""
+    branch = BRANCHES.get(Path(folder).name)
+    asked = ("HEAD",) if branch is None else (branch, f"origin/{branch}", "HEAD")
+    found = (_git(folder, "rev-parse", "--short=10", "--verify", "--quiet", name) for name in asked)
+    return next((number.strip() for number in found if number), "unknown commit")
+
+
+def _git(folder, *command):
+    """What git says in a clone; "" where it fails or is not there."""
     try:
-        command = ["git", "-C", str(folder), "rev-parse", "--short=10", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return "unknown commit"
+        return ""
+
+
+def file_of(folder, path):
+    """The text of a file of a clone, of the branch of :data:`BRANCHES` whatever branch is checked out, else as it lies
+    there; "" if there is none."""
+    branch = BRANCHES.get(Path(folder).name)
+    shown = (_git(folder, "show", f"{name}:{path}") for name in (branch, f"origin/{branch}"))
+    lying = Path(folder) / path
+    return next(filter(None, shown), "") or (lying.read_text(encoding="utf-8") if lying.is_file() else "")
+
+
+def read_classes(text, name, **names):
+    """The functions and classes of a file's ``text``, and what it imports as far as that is there; ``names`` are there
+    too. Nothing else in it is run."""
+    space = dict(names)
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef):
+            # What cannot be imported here is of their training, and whoever asks for it fails then.
+            with contextlib.suppress(ImportError):
+                exec(compile(ast.Module([node], []), name, "exec"), space)  # noqa: S102 - the user's own clone
+    return SimpleNamespace(**{key: value for key, value in space.items() if key.isidentifier()})
 
 
 class _Anything(types.ModuleType):
@@ -120,6 +171,32 @@ def read_notebook(path, folder, **names):
             exec(compile(ast.Module(kept, []), str(path), "exec"), space)  # noqa: S102 - the user's own clone
     space.update(names)
     return SimpleNamespace(**{name: value for name, value in space.items() if name.isidentifier()}, space=space)
+
+
+@contextlib.contextmanager
+def older(*names):
+    """Inside, libraries have what they had once: ``names`` are (module, name, what it is). What they have by that name
+    stays."""
+    lent = [(module, name) for module, name, _ in names if not hasattr(module, name)]
+    for module, name, thing in names:
+        if (module, name) in lent:
+            setattr(module, name, thing)
+    try:
+        yield
+    finally:
+        for module, name in lent:
+            delattr(module, name)
+
+
+@contextlib.contextmanager
+def on_the_cpu():
+    """Inside, a tensor that is sent to the GPU stays where it is."""
+    kept = torch.Tensor.cuda
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda = kept
 
 
 @contextlib.contextmanager

@@ -191,7 +191,7 @@ def learn(settings, nulls, task, network, sigmas, latents, start, null, progress
     Raises FloatingPointError when a loss is not finite.
     """
     levels, pictures = [float(s) for s in sigmas], latents.shape[1]
-    null_steps = null_text.papers_count(levels)
+    papers_steps = null_text.papers_count(levels)
     everyone = torch.arange(pictures, device=latents.device)
     null = null.float().expand(pictures, -1, -1)
     original = [{n: v[i].float() for n, v in start.items()} for i in range(pictures)]
@@ -205,7 +205,7 @@ def learn(settings, nulls, task, network, sigmas, latents, start, null, progress
             vectors, found = one, looks[step]
         else:
             given = [{n: v[i] for n, v in progress.vectors[-1].items()} for i in range(pictures)] if step else original
-            vectors, found = _learn_vectors(settings, task, network, step, len(levels) - 1, high, x, given, report)
+            vectors, found = _learn_vectors(settings, task, network, step, papers_steps, high, x, given, report)
         with torch.no_grad():
             texts = torch.cat([network.text(i, v) for i, v in enumerate(vectors)])
             seen = progress.seen + torch.stack(
@@ -221,7 +221,7 @@ def learn(settings, nulls, task, network, sigmas, latents, start, null, progress
                 report(step, update, {"null-text": loss}, clean, x)
 
             one, x, null_losses = null_text.learn_step(
-                nulls, network.empty, step, null_steps, high, low, x, latents[step + 1], clean, first, tell
+                nulls, network.empty, step, papers_steps, high, low, x, latents[step + 1], clean, first, tell
             )
             learned = [one]
             found = [a + [{"null-text": loss} for loss in b] for a, b in zip(found, null_losses, strict=True)]
@@ -240,7 +240,7 @@ def _learn_shared(settings, task, network, levels, latents, original, report):
     vectors, looks = original, []
     for step, high in enumerate(levels[:-1]):
         vectors, found = _learn_vectors(
-            settings, task, network, step, len(levels) - 1, high, latents[step], vectors, report
+            settings, task, network, step, null_text.papers_count(levels), high, latents[step], vectors, report
         )
         looks.append(found)
     return vectors, looks
