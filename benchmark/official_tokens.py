@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import comfy.utils
 import diffusers.utils
-import nodes as stock
 import torch
 import transformers
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import torch_utils
+
+import nodes as stock
 
 from ..attention_patches import background as find_background
 from ..attention_patches import self_maps
