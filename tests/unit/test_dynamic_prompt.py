@@ -356,6 +356,15 @@ def test_on_the_papers_timesteps_thresholds_count_the_step_at_0_as_null_text_inv
             assert asked == [(step, steps) for step in range(4)]
 
 
+@pytest.mark.parametrize("nulls", [NULLS, None])
+def test_one_vector_for_all_steps_stays_the_same_beside_null_embeddings(nulls):
+    *_, done = run(replace(SETTINGS, shared=True), nulls)
+    assert len(done) == 4 and len(done.nulls) == (4 if nulls else 0)
+    for name, first in done.vectors[0].items():
+        assert all(torch.equal(step[name], first) for step in done.vectors)
+        assert not torch.equal(first, START[name])
+
+
 def test_without_nulls_it_draws_without_guidance():
     steps, x = run(nulls=None), PATH[0]
     for i, progress in enumerate(steps):
