@@ -244,7 +244,7 @@ class Words:
     def latents(self, number):
         trajectory, ours = self.learned(number)
         scale = (1 + trajectory.sigmas[-1] ** 2).sqrt()
-        # Two looks and no update is what they need for words that nothing is learned of.
+        # Without a look or an update nothing is learned.
         plain = self.theirs(number, 0, 0).latents[-1]
         return ours.x / scale, self.theirs(number).latents[-1], plain, trajectory
 
