@@ -44,6 +44,8 @@ REMOVED = "their aligner lets the end and the padding look where a removed word 
 CORNER = "they take the mask's value in a token's corner, here a token takes the greatest value in it"
 EMPTY = "they then read all keys alike, a blur; here a query reads its own row"
 FREE = "their source row runs freely; here it is pinned to its trajectory, as their `ref_intermediate_latents` does"
+SOFT = "to them a key between 0 and 1 lies in both parts, its value a bias; here it is the object's from 0.5 on"
+ONCE_MORE = "their last step here is onto itself, but blends once more, by a mask that may have shrunk"
 UNBOUNDED = "their word's window bounds its factor, too; here a factor has word_windows of its own"
 FIFTY = 50  # steps, for which null-text inversion's rate and early stop are written; with others the pack scales them
 log = logging.getLogger("attune.bench")
@@ -163,8 +165,9 @@ class PromptToPrompt:
             last.cross_replace_alpha = alphas(prompts, self.steps, cross | words, self.model.tokenizer)
         return last
 
-    def draw(self, prompts, controller, noise, nulls=None):
-        """Their latents (2, 4, h, w), source and target, after the last step that the pack takes as well."""
+    def draw(self, prompts, controller, noise, nulls=None, last=-2):
+        """Their latents (2, 4, h, w), source and target, after the last step that the pack takes as well; after the one
+        behind it with ``last`` -1."""
         official_code.name_attention(self.model.unet, official_code.CrossAttention)
         settings = {"latent": noise, "num_inference_steps": self.steps, "guidance_scale": self.guidance}
         settings |= {"uncond_embeddings": nulls, "return_type": "latent"}
@@ -173,7 +176,7 @@ class PromptToPrompt:
         kept = keep_steps(controller)
         with official_code.quiet():
             official_code.fit(draw, self.model, prompts, controller, **settings)
-        return kept[self.steps - 2]
+        return kept[self.steps + last]
 
     def run(self, case, number):
         trajectory = self.sides.prompts.trajectory(case, number)
@@ -192,11 +195,22 @@ class PromptToPrompt:
         plain = self.plain(replace(bare, self_=(0.0, 0.4)), number)
         return self.sides.prompts.ours(case, trajectory), theirs[1:], plain, trajectory
 
+    def to_the_end(self, name, number):
+        """With their step at t = 0, which the pack does not take."""
+        case = cases(self.sides.scenes[number])[name]
+        trajectory = self.sides.prompts.trajectory(case, number)
+        prompts, noise = [case.source, case.target], self.sides.path(trajectory)[0]
+        theirs = self.draw(prompts, self.controller(case), noise, last=-1)
+        return self.sides.prompts.ours(case, trajectory), theirs[1:], None, trajectory
+
     def checks(self):
         listed = cases(self.sides.scenes[0])
         for name in listed:
             measure = functools.partial(self.measure, name)
             yield Check("Prompt-to-Prompt", name, measure, DEPARTURES.get(name, ""))
+        name = "refine, local blend with a word outside"
+        measure = functools.partial(self.to_the_end, name)
+        yield Check("Prompt-to-Prompt", f"{name}, to their step at t = 0", measure, ONCE_MORE)
 
     # -- inversions
 
@@ -420,7 +434,17 @@ class MasaCtrl(SelfAttention):
         self.pipe = self.pipeline(drawing.MasaCtrlPipeline)
 
     def cases(self, scene):
-        return self_parity.cases(scene)
+        listed = self_parity.cases(scene)
+        half = torch.zeros(1, 128, 128)
+        half[..., :64] = 1  # whole tokens at every level
+        for name, lies, goes in (
+            ("masks of whole tokens", half, 1 - half),
+            ("a soft target mask of whole tokens", half, 0.3 + 0.4 * half),
+            ("a soft source mask of whole tokens", 0.4 + 0.2 * half, half),
+        ):
+            changed = (("source_mask", lies), ("target_mask", goes))
+            listed = listed | {f"MasaCtrl, {name}": replace(listed["MasaCtrl"], changed=changed)}
+        return listed
 
     def controller(self, case):
         given = case.settings
@@ -443,7 +467,8 @@ class MasaCtrl(SelfAttention):
         departures = {
             "MasaCtrl": "", "MasaCtrl, from 0.2 to 0.8 and layer 6": "", "MasaCtrl, drawn picture": "",
             "MasaCtrl, masks": CORNER, "MasaCtrl, drawn picture, masks of words": CORNER,
-            "MasaCtrl, an empty source mask": EMPTY,
+            "MasaCtrl, an empty source mask": EMPTY, "MasaCtrl, masks of whole tokens": "",
+            "MasaCtrl, a soft target mask of whole tokens": "", "MasaCtrl, a soft source mask of whole tokens": SOFT,
         }  # fmt: skip
         for name, why in departures.items():
             yield Check("MasaCtrl", name, functools.partial(self.measure, name), why)
@@ -497,7 +522,7 @@ def lacking(title, clones):
         places = " or ".join(f"{name} ({official_code.REPOSITORIES[name]})" for name in needs)
         return f"{title} is skipped: there is no clone of {places}."
     if title == "T2I-Adapter" and not official_code.file_of(clones[title], official_tokens.ADAPTER):
-        return f"{title} is skipped: its clone has no branch {official_code.BRANCHES[title]}; git fetch origin brings it."
+        return f"{title} is skipped: its clone has no branch {official_code.BRANCHES[title]}, which git fetch brings."
     # The controllers of Prompt-to-Prompt are in a notebook alone; PnPInversion has them as a file.
     alone = "prompt-to-prompt" in needs and "PnPInversion" not in clones
     if alone and not (clones["prompt-to-prompt"] / NOTEBOOK).is_file():
@@ -555,7 +580,9 @@ def page(rows, skipped, clones, whose_classes, args):
         "Between their code and today's libraries stand: diffusers' attention under its older name; the host's "
         "tokenizer, text\nencoder and autoencoder; latents of 16x16 where they are told 512 pixels, and, for that "
         "size, the stored maps of 16x16\nin the blend. Of their notebook, where the clone has it, the definitions are "
-        f"read, and nothing is run. Prompt-to-Prompt's\nclasses are of {whose_classes}.\n\n"
+        f"read, and nothing is run. Prompt-to-Prompt's\nclasses are of {whose_classes}. Dynamic Prompt Learning's "
+        f"pipeline runs over {official_tokens.STEPS} steps, with at\nmost {official_tokens.LOOKS} looks and "
+        f"{official_tokens.NULLS} updates of the empty text's embedding a step; its clusters are the pack's.\n\n"
         "`apart` is the largest distance over the scenes, the root mean square of the difference over that of theirs, "
         "of the last\nlatents where nothing else is said; `PSNR` the least between the pictures, 100 at most; "
         "`the method's own effect` the smallest\ndistance of theirs from their own drawing without the method. "

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import comfy.utils
 import diffusers.utils
-import nodes as stock
 import torch
 import transformers
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import torch_utils
+
+import nodes as stock
 
 from ..attention_patches import background as find_background
 from ..attention_patches import self_maps
@@ -243,7 +244,7 @@ class Words:
     def latents(self, number):
         trajectory, ours = self.learned(number)
         scale = (1 + trajectory.sigmas[-1] ** 2).sqrt()
-        # Two looks and no update is what they need for words that nothing is learned of.
+        # Without a look or an update nothing is learned.
         plain = self.theirs(number, 0, 0).latents[-1]
         return ours.x / scale, self.theirs(number).latents[-1], plain, trajectory
 

@@ -220,10 +220,10 @@ def learn(settings, nulls, task, network, sigmas, latents, start, null, progress
             def tell(step, update, loss, clean, x):
                 report(step, update, {"null-text": loss}, clean, x)
 
-            one, x, null_losses = null_text.learn_step(
+            null_now, x, null_losses = null_text.learn_step(
                 nulls, network.empty, step, papers_steps, high, low, x, latents[step + 1], clean, first, tell
             )
-            learned = [one]
+            learned = [null_now]
             found = [a + [{"null-text": loss} for loss in b] for a, b in zip(found, null_losses, strict=True)]
         kept = {name: torch.stack([v[name] for v in vectors]) for name in original[0]}
         null_text.check_learned(step, x, *kept.values())

@@ -2,13 +2,15 @@
 and its table. Their code is not here; small files of the same shape stand for it."""
 
 import json
+import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
-from attune.benchmark import official, official_code
+from attune.benchmark import official, official_code, official_tokens
 
 
 def test_no_code_is_one_sentence_and_no_error(tmp_path, caplog, monkeypatch):
@@ -54,6 +56,43 @@ def test_of_a_notebook_only_definitions_are_read(tmp_path):
     (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
     code = official_code.read_notebook(tmp_path / "a.ipynb", tmp_path, STEPS=2)
     assert code.answer() == 42 and not hasattr(code, "NotCode")
+
+
+def git(folder, *command):
+    given = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(folder), *command]
+    subprocess.run(given, check=True, capture_output=True)
+
+
+def test_a_file_is_read_from_its_branch_whatever_is_checked_out(tmp_path):
+    clone = tmp_path / "T2I-Adapter"
+    place = clone / official_tokens.ADAPTER
+    place.parent.mkdir(parents=True)
+    text = "import not.there\nfrom not_there import zero\nSTEPS = 1 / 0\nclass Adapter:\n    answer = 42\n"
+    place.write_text(text.replace("import not.there\n", ""), encoding="utf-8")
+    git(clone, "init", "-q", "-b", "SD")
+    git(clone, "add", ".")
+    git(clone, "commit", "-q", "-m", "a")
+    branch = official_code.commit(clone)
+    git(clone, "checkout", "-q", "--orphan", "main")
+    git(clone, "rm", "-qrf", ".")
+    git(clone, "commit", "-q", "--allow-empty", "-m", "b")
+    assert not place.exists() and official_code.commit(clone) == branch != "unknown commit"
+    found = official_code.file_of(clone, official_tokens.ADAPTER)
+    assert official_code.read_classes(found, "a").Adapter.answer == 42
+    clones = {"T2I-Adapter": clone}
+    assert official.lacking("T2I-Adapter", clones) == ""
+    git(clone, "branch", "-D", "SD")
+    assert "no branch SD" in official.lacking("T2I-Adapter", clones)
+
+
+def test_older_names_are_lent_and_taken_back():
+    library = types.SimpleNamespace(kept=1)
+    with official_code.older((library, "kept", 2), (library, "lent", 3)):
+        assert (library.kept, library.lent) == (1, 3)
+    assert vars(library) == {"kept": 1}
+    tensor = torch.ones(1)
+    with official_code.on_the_cpu():
+        assert tensor.cuda() is tensor
 
 
 def test_attention_answers_to_its_older_name_and_back():

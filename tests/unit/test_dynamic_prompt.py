@@ -339,6 +339,32 @@ def test_it_is_the_papers_algorithm(change):
         assert torch.allclose(mine, theirs, atol=1e-4)
 
 
+def test_on_the_papers_timesteps_thresholds_count_the_step_at_0_as_null_text_inversion_does(monkeypatch):
+    asked = []
+    real = dpl.DynamicPrompt.thresholds
+    monkeypatch.setattr(dpl.DynamicPrompt, "thresholds", lambda s, *given: asked.append(given) or real(s, *given))
+    sigmas = SIGMAS.clone()
+    sigmas[-1] = 0.03  # where the papers' own grid ends
+    for settings in (SETTINGS, replace(SETTINGS, shared=True)):
+        for levels, steps in ((SIGMAS, 4), (sigmas, 5)):
+            asked.clear()
+            task = Task([NOUNS[0]], [OUTSIDE[0]], GRID)
+            start = {n: v[:1] for n, v in START.items()}
+            path = PATH[:, :1]
+            given = task, NETWORK, levels, path, start, NULL, dpl.begin(path, task), ignore
+            list(dpl.learn(settings, NULLS, *given))
+            assert asked == [(step, steps) for step in range(4)]
+
+
+@pytest.mark.parametrize("nulls", [NULLS, None])
+def test_one_vector_for_all_steps_stays_the_same_beside_null_embeddings(nulls):
+    *_, done = run(replace(SETTINGS, shared=True), nulls)
+    assert len(done) == 4 and len(done.nulls) == (4 if nulls else 0)
+    for name, first in done.vectors[0].items():
+        assert all(torch.equal(step[name], first) for step in done.vectors)
+        assert not torch.equal(first, START[name])
+
+
 def test_without_nulls_it_draws_without_guidance():
     steps, x = run(nulls=None), PATH[0]
     for i, progress in enumerate(steps):
