@@ -57,6 +57,7 @@ END = 49407  # CLIP's end token, which also pads
 NULL_CFG = "attune_null_cfg"  # in a negative's dictionary: the cfg that inversion/trajectory.py says it was learned for
 BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # what CLIP's vocabulary writes each byte as
 CACHE = "attune_cache"  # in transformer_options: the FeatureCache that the user put on MODEL, if any
+PREDICTED = "attune_predicted"  # of a bent prediction: what the model predicted
 RIDERS = "attune_riders"  # in transformer_options: references that are to be rows of the target's call
 PICTURES = "attune_pictures"  # there too: which picture of the sampler's latent each row of a call draws
 # Among a conditioning's model_conds, (B, 2): which edit its rows belong to, or one of the two below; which picture.
@@ -460,15 +461,14 @@ def bend_guidance(model, bend):
         if unguided is None:
             return args["conds_out"]
         bent = unguided + bend(guided - unguided)
-        bent.predicted = getattr(guided, "predicted", guided)
+        setattr(bent, PREDICTED, getattr(guided, PREDICTED, guided))
         return [bent, *args["conds_out"][1:]]
 
     def behind(args):
         """What others add behind guidance goes by what the model predicted: perturbed attention takes a prediction of
         its own off it, and multiplies the rest. The host hands all of them the one tensor that was guided with."""
         guided = args["cond_denoised"]
-        if hasattr(guided, "predicted"):
-            guided.copy_(guided.predicted)
+        guided.copy_(getattr(guided, PREDICTED, guided))
         return args["denoised"]
 
     model = model.clone()

@@ -31,7 +31,7 @@ class AttuneProximalGuidance(io.ComfyNode):
                     round=0.001,
                     tooltip=(
                         "The share of the values at which the prompt is not followed. Higher keeps more of the source; "
-                        "lower gives the edit room. 0 switches this off; 0.4 to 0.7 is typical."
+                        "lower gives the edit room. 0 switches this off; 0.5 to 0.8 is typical."
                     ),
                 ),
                 io.Combo.Input(
