@@ -598,7 +598,7 @@ def outputs_of(bench, windows):
 
 
 def sources(model):
-    return model.model_options["transformer_options"][host.KEY].references
+    return model.model_options["transformer_options"].get(host.KEY, host.Spec()).references
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -129,8 +129,12 @@ def tiles_stacked_with_texts(apply, args):
     return torch.cat(apply(x, t, **doubled(args["c"], "c_crossattn")).chunk(2), -1)
 
 
+# Proximal guidance reads no place of a source, so tiles do not lead it astray.
+PLACED = {name: method for name, method in METHODS.items() if name != "proximal guidance"}
+
+
 @pytest.mark.parametrize("wrapper", [tile_after_tile, tiles_stacked, tiles_stacked_with_texts])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", PLACED.values(), ids=PLACED)
 def test_tiles_are_refused(method, wrapper, frames):
     model, positive = method(frames, 1)
     with pytest.raises(ValueError, match="another|Another node") as told:
