@@ -247,3 +247,17 @@ def test_new_words_are_raised(samples):
         assert all(line[:-3] in sample.target and line[:-3] not in sample.source for line in lines)
     with pytest.raises(NotApplicable, match="no word that is new"):
         build(read_method("p2p_reweight"), replace(samples["colour"], source="an", target="a an"), Setup())
+
+
+@pytest.mark.parametrize("flags", range(1, 8))
+def test_cpam_has_a_goal_for_every_kind_made_of_flags(samples, flags):
+    there = [flag for bit, flag in enumerate(datasets.FLAGS) if flags >> bit & 1]
+    sample = replace(samples["shape"], kind=" and ".join(there))
+    here, other = ("cpam_background", "cpam") if "background" in there else ("cpam", "cpam_background")
+    with pytest.raises(NotApplicable, match="another kind"):
+        build(read_method(other), sample, REAL)
+    (strategy,) = nodes_of(build(read_method(here), sample, REAL), "AttuneMaskStrategy")
+    if "background" in there:
+        assert strategy["goal"] == "change background"
+    else:
+        assert strategy["goal"] == ("change pose or view" if "retain" in there else "replace object")
