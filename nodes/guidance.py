@@ -57,6 +57,7 @@ class AttuneProximalGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, quantile, rule=RULES[0]):
+        host.check_unet(model)
         if quantile == 0:
             return io.NodeOutput(model)
         return io.NodeOutput(host.bend_guidance(model, partial(proximal, share=quantile, rule=rule)))
