@@ -14,6 +14,7 @@ A value may be {"by kind": {kind: value}, "otherwise": value}; null, which leave
 something of the sample, which not every sample has; a method is not for those that have it not:
 
     $source $target             the captions, with brackets escaped: ComfyUI would read them as weights
+    $thing                      the object's name, where the target's caption holds it
     $words $outside             the words whose places may change, and those of what stays, separated by commas
     $braced                     the source's caption with its things in braces
     $exchange                   AttunePromptSwap where words that both captions hold stand at equal places, by CLIP's
@@ -237,6 +238,11 @@ def value_of(value, sample, setup: Setup):
     return found
 
 
+def _named_in_target(sample):
+    """The object's name where a mask can be found from it while the target is sampled: its caption has to hold it."""
+    return _literal(sample.thing) if f" {sample.thing} ".lower() in f" {sample.target} ".lower() else None
+
+
 def _mask(sample, setup, pixels):
     path = sample.mask
     return path and (_file(path, f"-{pixels}", lambda: _grown(path, pixels)) if pixels else _file(path))
@@ -334,6 +340,7 @@ _VALUES = {
     "target": lambda sample, setup, _: _literal(sample.target),
     "words": lambda sample, setup, _: _literal(", ".join(_words(sample))),
     "outside": lambda sample, setup, _: _literal(", ".join(sample.extras.get("kept words", ()))),
+    "thing": lambda sample, setup, _: _named_in_target(sample),
     "braced": _braced,
     "raised": _raised,
     "exchange": _exchange,
@@ -350,6 +357,7 @@ _LACKS = {
     "target": "no caption of the target",
     "words": "no words that say where the edit is",
     "outside": "no words for what stays",
+    "thing": "no object that the caption of the target names",
     "braced": "no thing in the caption of the source",
     "raised": "no word that is new",
     "exchange": "no two captions that differ",

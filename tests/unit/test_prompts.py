@@ -17,11 +17,13 @@ ALONE = {
     "cpam_background": {"background"},
     "cpam_removal": {"remove"},
     "cpam": set(demo_edits.KINDS) - {"background", "remove"},
+    "cpam_refined": set(demo_edits.KINDS) - {"background", "remove"},
 }
 # What the first sample of a kind has nothing for.
 LACKS = {
     "p2p_preserve": dict.fromkeys(set(demo_edits.KINDS) - {"background"}, "no words for what stays"),
     "p2p_reweight": {"remove": "no word that is new"},
+    "cpam_refined": {"shape": "no object that the caption of the target names"},
 }
 
 
@@ -261,3 +263,12 @@ def test_cpam_has_a_goal_for_every_kind_made_of_flags(samples, flags):
         assert strategy["goal"] == "change background"
     else:
         assert strategy["goal"] == ("change pose or view" if "retain" in there else "replace object")
+
+
+def test_an_objects_name_is_given_where_the_target_names_it(samples):
+    sample = replace(samples["colour"], thing="Circle", target="a yellow circle")
+    (refined,) = nodes_of(build(read_method("cpam_refined"), sample, Setup()), "AttuneMaskRefinement")
+    assert refined["words"] == "Circle"
+    for thing in ("circ", "", "square"):
+        with pytest.raises(NotApplicable, match="no object that the caption of the target names"):
+            build(read_method("cpam_refined"), replace(sample, thing=thing), Setup())
