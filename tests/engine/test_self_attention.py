@@ -391,3 +391,28 @@ def test_the_sampler_nodes_it_was_made_for(picture):
     arguments = model, False, 0, 3.0, positive, picture.text(""), euler, picture.sigmas, picture.noise
     by_custom = outputs(custom.SamplerCustom, *arguments)[0]["samples"]
     assert torch.equal(by_custom, picture.sample(model, positive, guidance=3.0))
+
+
+def test_mutual_attention_by_lists_of_layers_and_steps(picture):
+    """The lists that name what layer, start and end do, draw the same to the bit; others do not."""
+    steps = picture.trajectory.steps
+    usual = picture.sample(*mutual(picture, 1, start=0.0, layer=10))
+    for lists in ({"layers": "10-15"}, {"steps": f"0-{steps - 1}"}, {"layers": "10 11,12-15", "steps": "0-999"}):
+        assert torch.equal(picture.sample(*mutual(picture, 1, start=0.0, layer=10, **lists)), usual)
+    for lists in ({"layers": "10-14"}, {"steps": "1-999"}, {"reads": "source and itself"}):
+        assert not torch.equal(picture.sample(*mutual(picture, 1, start=0.0, layer=10, **lists)), usual)
+
+
+@pytest.mark.parametrize(
+    "lists, sentence",
+    [
+        ({"layers": "a"}, '"a" is no list of numbers from 0 on .* change layers on Attune Mutual Self-Attention'),
+        ({"layers": "5-3"}, "change layers on Attune Mutual Self-Attention"),
+        ({"layers": "16"}, "go to 16, but the MODEL has 16 layers"),
+        ({"steps": "-1"}, "change steps on Attune Mutual Self-Attention"),
+        ({"steps": "500-600"}, "change steps there"),
+    ],
+)
+def test_lists_of_mutual_attention_that_are_none(picture, lists, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        mutual(picture, 1, **lists)
