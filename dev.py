@@ -60,7 +60,7 @@ SCRIPTS = {
 }
 BENCHES = {
     "edits": "benchmark.editing", "self-edits": "benchmark.self_editing",
-    "layers": "benchmark.layers", "cost": "benchmark.cost",
+    "layers": "benchmark.layers", "modules": "benchmark.modules", "cost": "benchmark.cost",
     "edit-parity": "benchmark.editing_parity", "self-parity": "benchmark.self_parity", "probing": "benchmark.probing",
     "dynamic-prompt": "benchmark.dynamic_prompt", "fusion": "benchmark.fusion", "run": "benchmark.runner",
     "faithfulness": "benchmark.faithfulness", "full-size": "benchmark.full_size", "time": "benchmark.timing",

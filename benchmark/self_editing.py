@@ -226,15 +226,16 @@ def read_values_by_mask(bench, task, trajectory, guidance, **settings):
     return read_values(bench, task, trajectory, guidance, **settings, **masks)
 
 
-def preserve_context(bench, task, trajectory, guidance, prompt):
+def preserve_context(bench, task, trajectory, guidance, prompt, plain_share=0.1, **modules):
     """A thing of another shape may take the room of both; the mask of a background is that of what stands on it."""
     mask, told = objects(task.source) if task.kind == BACKGROUND else changed(task), task.target
     if prompt == NEW:  # on a new background, that is the background
         told = replace(told, things=tuple(thing for thing in told.things if thing not in task.source.things))
     source_mask, target_mask, keep_object = call(mask_nodes.AttuneMaskStrategy, as_mask(mask), GOALS[task.kind], 8)
     every_step, by_source = self_attention.EVERY, self_attention.BY_SOURCE
-    settings = scenes.caption(told), source_mask, keep_object, 0.1, 0, every_step, 0.08, 9, by_source, target_mask
-    return call(self_attention.AttuneContextPreserving, bench.model, bench.clip, trajectory, *settings)
+    where = source_mask, keep_object, plain_share, 0, every_step, 0.08, 9, by_source, target_mask
+    node = self_attention.AttuneContextPreserving
+    return call(node, bench.model, bench.clip, trajectory, scenes.caption(told), *where, **modules)
 
 
 MAKERS = {
