@@ -527,9 +527,9 @@ DDIM = "DDIM inversion", "Song et al. 2021, equation 12 turned round; null-text'
 NULL = "Null-text inversion", "Mokady et al. 2023, algorithm 1"
 DIRECT = "Direct inversion", "Ju et al. 2024"
 NEGATIVE = "Negative-prompt inversion", "Miyake et al. 2023"
-# The hard rule drops a value or not, which rounding may decide for one at the threshold. Of an even number of values,
-# this quantile lies in the middle between two.
-MIDDLE = 0.5
+# The hard rule drops a value or not, which rounding may decide for one near the threshold. Of an even number of values,
+# this quantile lies in the middle between two; a single value that falls the other way is still within HARDLY.
+MIDDLE, HARDLY = 0.5, 2e-3
 PROXIMAL = "Proximal guidance", "Han et al. 2024, proximal operators of the l1 and l0 norm"
 EMBCTRL = "EmbCtrl", "MaSaFusion, appendix B, equation 12 and algorithm 4"
 
@@ -690,7 +690,8 @@ def proximal_guidance(sides):
 
     return [
         *(
-            Check(*PROXIMAL, f"last latents: {rule}, quantile {quantile:g}", functools.partial(measure, quantile, rule))
+            Check(*PROXIMAL, f"last latents: {rule}, quantile {quantile:g}", functools.partial(measure, quantile, rule),
+                  SAME if rule == proximal.SOFT else HARDLY)
             for rule, quantile in ((proximal.SOFT, 0.4), (proximal.SOFT, 0.7), (proximal.HARD, MIDDLE))
         ),
         Check(
@@ -701,7 +702,7 @@ def proximal_guidance(sides):
         ),
         Check(
             *PROXIMAL, "what is left under the l0 norm",
-            functools.partial(departure, MIDDLE, proximal.HARD, {"shrink": True}),
+            functools.partial(departure, MIDDLE, proximal.HARD, {"shrink": True}), HARDLY,
             departs="its proximal operator leaves large values as they are; the authors' code brings them nearer to 0 "
             "by the threshold, as the l1 norm's does",
         ),
