@@ -111,7 +111,7 @@ def cases(scene):
         ),
         "swap, local blend with two thresholds": Case(
             source, reshaped, self_=(0.0, 0.0), inside=(thing.shape, shape), outside=(other.shape,),
-            outside_threshold=0.7,
+            outside_threshold=0.05,
         ),
         "re-weight, local blend": Case(source, source, NONE, weights=((thing.color, -1.0),), inside=(thing.shape,)),
         "swap, the papers' timesteps": Case(source, reshaped, inside=(thing.shape, shape), grid=host.PAPERS_GRID),

@@ -70,7 +70,7 @@ def test_every_edit_is_the_papers(sides):
         ("swap, one word preserved", {"preserve": ()}),
         ("re-weight after swap", {"weights": ()}),
         ("re-weight after swap, a window for one word", {"weight_windows": ()}),
-        ("swap, cross-attention in layers 1-6 and 8", {"cross_layers": "1-6"}),
+        ("swap, cross-attention in layers 1-6 and 8", {"cross_layers": ""}),
         ("swap, self-attention in layers 4-14", {"self_layers": "4-13"}),
         ("swap, local blend by pairs of words", {"source_inside": ()}),
         ("swap, local blend with two thresholds", {"outside_threshold": 0.0}),
