@@ -19,10 +19,15 @@ def papers_sigmas(all_sigmas, steps):
     return all_sigmas[times].flip(0)
 
 
+def rescaled(x, sigma, level):
+    """An x at ``sigma`` as it has to be at ``level`` for the network to be given the same x / sqrt(1 + sigma^2)."""
+    return x * ((1 + level**2) / (1 + sigma**2)) ** 0.5
+
+
 def placed(picture, sigma):
     """A latent (B, C, h, w) that a VAE gave, where an inversion begins at the level ``sigma``: the papers take it for
     their z = x / sqrt(1 + sigma^2) of that level, even where their grid ends above 0 and some noise belongs to it."""
-    return picture * (1 + float(sigma) ** 2) ** 0.5
+    return rescaled(picture, 0.0, float(sigma))
 
 
 def epsilon(denoise, x, sigma, level):
@@ -31,7 +36,7 @@ def epsilon(denoise, x, sigma, level):
     The papers' code feeds the latent of one level with the timestep of the next. The network sees
     x / sqrt(1 + sigma^2), so x is rescaled to keep that input while sigma changes.
     """
-    at = x * ((1 + level**2) / (1 + sigma**2)) ** 0.5
+    at = rescaled(x, sigma, level)
     return (at - denoise(at, level)) / level
 
 
@@ -39,7 +44,7 @@ def as_asked(latents, sigmas, step):
     """(x, sigma) that an inversion with LATER asked the model for on its way to level ``step``: the latent one level
     below, at this level's timestep. ``latents`` (S+1, B, C, h, w) and ``sigmas`` (S+1,) run from noise to picture."""
     high, low = float(sigmas[step]), float(sigmas[step + 1])
-    return latents[step + 1] * ((1 + high**2) / (1 + low**2)) ** 0.5, high
+    return rescaled(latents[step + 1], low, high), high
 
 
 def invert(denoise, picture, sigmas, where, lowest, report, refine=0):

@@ -198,7 +198,7 @@ def learn(settings, nulls, task, network, sigmas, latents, start, null, progress
     with torch.no_grad():
         unlearned = torch.cat([network.text(i, v) for i, v in enumerate(original)])
     if settings.shared:
-        one, looks = _learn_shared(settings, task, network, levels, latents, original, report)
+        one, looks = _learn_shared(settings, task, network, levels, papers_steps, latents, original, report)
     for step in range(len(progress), len(levels) - 1):
         high, low, x = levels[step], levels[step + 1], progress.x
         if settings.shared:
@@ -233,15 +233,13 @@ def learn(settings, nulls, task, network, sigmas, latents, start, null, progress
         yield progress
 
 
-def _learn_shared(settings, task, network, levels, latents, original, report):
+def _learn_shared(settings, task, network, levels, steps, latents, original, report):
     """The vectors that are right for all steps at once, a dictionary a picture, and the losses of each step. They are
     brought below each step's thresholds in turn, at the trajectory's own latents, since where the drawing stands
     depends on them."""
     vectors, looks = original, []
     for step, high in enumerate(levels[:-1]):
-        vectors, found = _learn_vectors(
-            settings, task, network, step, null_text.papers_count(levels), high, latents[step], vectors, report
-        )
+        vectors, found = _learn_vectors(settings, task, network, step, steps, high, latents[step], vectors, report)
         looks.append(found)
     return vectors, looks
 
